@@ -1,0 +1,1 @@
+"""Questions about the package that are answered with numbers; one file a question."""
