@@ -84,6 +84,10 @@ def start(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     options = parser.parse_args(arguments)
     if options.threads < 1:
         parser.error(f"--threads={options.threads}: must be at least 1; 1 is what the committed figures use")
+    if options.smoke and options.output is not None and options.output.resolve() == RESULTS:
+        parser.error(
+            f"--output={options.output}: a smoke run must not replace measured results; leave it out"
+        )
     torch.set_num_threads(options.threads)
     options.environment = environment()  # now, since a long run may see other commits come in
     options.command = _command_line(arguments)
@@ -102,15 +106,15 @@ def time_interleaved(
     """Time callables side by side, so that whatever slows the machine down slows all of them.
 
     In every round each candidate runs once (``calls_per_round`` times), the order rotating from round to
-    round. Ratios to the baseline are taken round by round, and the median of these is reported: a ratio of two
-    overall medians would mix moments in which the machine was busy with others in which it was not.
+    round. Ratios to the baseline are taken round by round, and their median is reported: a ratio of two overall
+    medians would mix moments in which the machine was busy with others in which it was not.
 
     Args:
         candidates: name to callable, taking nothing, or the batch where ``make_batch`` is given.
         baseline: name of the candidate that ratios refer to.
         rounds: how many rounds are measured.
-        make_batch: makes the batch of a call, outside the time taken. It is called afresh for every candidate,
-            with a number that is the same for all candidates and grows from call to call: on one repeated batch
+        make_batch: makes the batch of a call, outside the time taken. Called afresh for every candidate, with
+            a number that is the same for all candidates and grows from call to call: on one repeated batch
             gradients vanish into denormal numbers, which are many times slower.
         calls_per_round: calls of a candidate in a row that are timed together; more for very short ones.
         warmup_rounds: rounds before the measured ones, thrown away.
@@ -252,17 +256,9 @@ def write_result(
 
     Returns:
         The path written to.
-
-    Raises:
-        ValueError: a smoke run was told to write to the folder of the committed results.
     """
-    folder = options.output or (
-        Path(tempfile.gettempdir()) / "torchgeom_optim_smoke" if options.smoke else RESULTS
-    )
-    if options.smoke and folder.resolve() == RESULTS.resolve():
-        raise ValueError(
-            f"--output={folder}: a smoke run must not replace measured results; leave --output out."
-        )
+    smoke_folder = Path(tempfile.gettempdir()) / "torchgeom_optim_smoke"
+    folder = options.output or (smoke_folder if options.smoke else RESULTS)
     record = {
         "name": name,
         "smoke": options.smoke,
