@@ -106,7 +106,7 @@ def time_interleaved(
     """Time callables side by side, so that whatever slows the machine down slows all of them.
 
     In every round each candidate runs once (``calls_per_round`` times), the order rotating from round to
-    round. Ratios to the baseline are taken round by round, and their median is reported: a ratio of two overall
+    round. Ratios to the baseline are taken round by round and their median reported: a ratio of two overall
     medians would mix moments in which the machine was busy with others in which it was not.
 
     Args:
