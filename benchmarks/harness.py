@@ -58,12 +58,8 @@ def benchmark_parser(description: str | None) -> argparse.ArgumentParser:
     Returns:
         A parser with ``--smoke``, ``--root``, ``--threads`` and ``--output``.
     """
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--smoke", action="store_true", help="seconds only: shows that it runs, measures nothing"
-    )
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="seconds only: shows that it runs, measures nothing")
     parser.add_argument("--root", type=Path, help="folder with the data sets (default: $TORCHGEOM_DATA)")
     parser.add_argument("--threads", type=int, default=1, help="threads that torch may use (default: 1)")
     parser.add_argument("--output", type=Path, help="folder of the JSON (default: benchmarks/results)")
@@ -85,9 +81,7 @@ def start(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     if options.threads < 1:
         parser.error(f"--threads={options.threads}: must be at least 1; 1 is what the committed figures use")
     if options.smoke and options.output is not None and options.output.resolve() == RESULTS:
-        parser.error(
-            f"--output={options.output}: a smoke run must not replace measured results; leave it out"
-        )
+        parser.error(f"--output={options.output}: a smoke run must not replace measured results; leave it out")
     torch.set_num_threads(options.threads)
     options.environment = environment()  # now, since a long run may see other commits come in
     options.command = _command_line(arguments)
@@ -128,9 +122,7 @@ def time_interleaved(
         ValueError: no such baseline, or a count below its least value.
     """
     if baseline not in candidates:
-        raise ValueError(
-            f"baseline={baseline!r}: must be one of {sorted(candidates)}; pass its name as in candidates."
-        )
+        raise ValueError(f"baseline={baseline!r}: must be one of {sorted(candidates)}; pass its name as in candidates.")
     if rounds < 1 or calls_per_round < 1 or warmup_rounds < 0:
         raise ValueError(
             f"rounds={rounds}, calls_per_round={calls_per_round}, warmup_rounds={warmup_rounds}: must be at "
@@ -226,8 +218,7 @@ def format_table(rows: Sequence[Mapping[str, object]]) -> str:
     widths = [max(len(line[k]) for line in cells) for k in range(len(columns))]
     lines = [
         "  ".join(
-            cell.rjust(w) if right else cell.ljust(w)
-            for cell, w, right in zip(line, widths, numeric, strict=True)
+            cell.rjust(w) if right else cell.ljust(w) for cell, w, right in zip(line, widths, numeric, strict=True)
         )
         for line in cells
     ]
@@ -346,9 +337,7 @@ def _cpu_model() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine()
-    )
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _plain(value: Any) -> Any:

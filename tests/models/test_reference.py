@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +10,6 @@ import torch
 from torch import nn
 
 from torchgeom_optim.models import REFERENCE_NETWORKS, PlainResNet, lenet, reference_network, vgg11, vgg_small
-import itertools
 
 
 def conv(c: int, m: int, k: int) -> int:
