@@ -1,12 +1,12 @@
-r"""The networks that papers and figures are measured on, by name.
+"""The networks that papers and figures are measured on, by name.
 
 Layer lists are written as in Lafond, Vasilache and Bottou (2017), Fig. 2: C6(5x5) is a convolution with 6
 output channels and 5 x 5 kernels, P2 a 2 x 2 max pooling with stride 2, F120 a linear layer with 120 outputs.
 A ReLU follows every convolution and linear layer but the last, all layers have biases, and weights start as
 PyTorch initialises them, unless a network says otherwise. All return logits.
 
-A convolution k x k from c to m channels has m (c k^2 + 1) parameters, a linear layer from n to m has m (n +
-1), a batch or layer norm over n features has 2 n. The counts below are for the default arguments.
+A convolution k x k from c to m channels has m(ck^2 + 1) parameters, a linear layer from n to m has m(n + 1), a
+batch or layer norm over n features has 2n. The counts below are for the default arguments.
 """
 
 from __future__ import annotations

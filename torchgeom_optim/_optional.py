@@ -31,8 +31,8 @@ def optional_import(name: str, purpose: str) -> ModuleType:
         The module.
 
     Raises:
-        ImportError: the library is not installed. One that is installed but fails to import raises its own
-        error.
+        ImportError: the library is not installed.
+        ModuleNotFoundError: it is, and lacks a module of its own.
 
     Example:
         >>> optional_import("json", "this example").dumps([1])
