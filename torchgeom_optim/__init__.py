@@ -1,3 +1,5 @@
 """Information geometry for PyTorch training: whitening optimizers and per-sample gradient geometry."""
 
-__all__: list[str] = []
+from torchgeom_optim.optimizers import WhiteningSGD, fold_batch_norm
+
+__all__ = ["WhiteningSGD", "fold_batch_norm"]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["Capture", "private_pass"]
+__all__ = ["Capture", "activations_are_not_kept", "private_pass"]
 
 OutputGradObserver = Callable[[Tensor], None]
 CallObserver = Callable[[nn.Module, Tensor, Tensor], "OutputGradObserver | None"]
@@ -90,6 +90,11 @@ def private_pass(*captures: Capture) -> Iterator[None]:
         _private_captures.reset(token)
 
 
+def activations_are_not_kept() -> bool:
+    """Whether autograd at the moment packs what it saves (checkpointing, offloading): then nobody should hold on to it."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
 class _CallHook:
     """The forward hook. A copy or a pickle of it (with the model that carries it) does nothing."""
 
@@ -103,10 +108,13 @@ class _CallHook:
     def __reduce__(self) -> tuple[Callable[[], _CallHook], tuple[()]]:
         return _inert_hook, ()
 
-    @torch.compiler.disable  # the observer works on the tensors of the moment, not on a graph
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-    ) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        if torch.compiler.is_compiling():  # the observer works on the tensors of the moment, not on a graph
+            _outside_of_graph(self._report, module, args, kwargs, output)
+        else:
+            self._report(module, args, kwargs, output)
+
+    def _report(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         if not output.requires_grad or (on_call := self._on_call()) is None or _in_functional_transform():
             return
         captures = _private_captures.get()
@@ -116,6 +124,11 @@ class _CallHook:
         on_output_grad = on_call(module, layer_input, output)
         if on_output_grad is not None:
             output.register_hook(on_output_grad)
+
+
+@torch.compiler.disable
+def _outside_of_graph(report: Callable[..., None], *args: Any) -> None:
+    report(*args)
 
 
 def _nothing() -> None:

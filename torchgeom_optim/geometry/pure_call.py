@@ -16,7 +16,10 @@ __all__ = ["pure_call", "without_trace"]
 
 
 def pure_call(
-    model: nn.Module, parameters: Mapping[str, Tensor], args: tuple[Any, ...], buffers: Mapping[str, Tensor] | None = None
+    model: nn.Module,
+    parameters: Mapping[str, Tensor],
+    args: tuple[Any, ...],
+    buffers: Mapping[str, Tensor] | None = None,
 ) -> Any:
     """Evaluate ``model(*args)`` at the given parameters, with its other parameters detached.
 

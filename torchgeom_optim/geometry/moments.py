@@ -1,0 +1,125 @@
+"""First and second moments of a layer's inputs, pooled over calls and averaged over steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Moments", "channel_moments", "one_hot_moments", "pooled_moments", "running_moments"]
+
+# Deviations are formed block by block, so that a large activation is not copied whole and a block stays in cache.
+_BLOCK_ELEMENTS = 1 << 18
+
+
+class Moments(NamedTuple):
+    """Mean and (biased) variance of each channel over a number of observations.
+
+    Attributes:
+        count: observations per channel.
+        mean: mu, shape [n], units of the input.
+        variance: E[(x - mu)^2] with 1/count, shape [n], units of the input squared.
+    """
+
+    count: int  # type: ignore[assignment]  # not tuple.count
+    mean: Tensor
+    variance: Tensor
+
+    def about_zero(self) -> Moments:
+        """The same mean squares, as moments of inputs from which no mean is subtracted."""
+        return Moments(self.count, torch.zeros_like(self.mean), torch.addcmul(self.variance, self.mean, self.mean))
+
+
+def channel_moments(x: Tensor, channel_dim: int = -1) -> Moments:
+    """Moments of every channel over all other axes, in float32 or better.
+
+    Two passes (mean, then squared deviations), so that a mean far from zero costs no digits.
+    Source: Lafond, Vasilache and Bottou 2017, §2.3 and App. B ("•": also over positions).
+
+    Args:
+        x: any shape with ``x.shape[channel_dim]`` channels.
+        channel_dim: the axis that is kept.
+
+    Returns:
+        The moments over ``x.numel() / n`` observations.
+
+    Example:
+        >>> channel_moments(torch.tensor([[1.0, 5.0], [3.0, 5.0]])).variance
+        tensor([1., 0.])
+    """
+    x = x.detach()
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    channel_dim %= x.dim()
+    n = x.shape[channel_dim]
+    if channel_dim == x.dim() - 1 or not x.is_contiguous():
+        x = x.movedim(channel_dim, -1).reshape(-1, n)  # a view also of a channels-last image
+        mean = x.mean(0)
+        centre, axes = mean, [0]
+    else:
+        x = x.reshape(-1, n, x.shape[channel_dim + 1 :].numel())
+        mean = x.mean((0, 2))
+        centre, axes = mean[:, None], [0, 2]
+    rows = max(1, _BLOCK_ELEMENTS * len(x) // max(x.numel(), 1))
+    deviations = [(block - centre).square_().sum(axes) for block in x.split(rows)]
+    count = x.numel() // n
+    return Moments(count, mean, (deviations[0] if len(deviations) == 1 else sum(deviations)) / count)  # type: ignore[operator]
+
+
+def one_hot_moments(indices: Tensor, num_categories: int, dtype: torch.dtype) -> Moments:
+    """Moments of the one-hot encoding of indices: frequencies f and f (1 - f).
+
+    Args:
+        indices: integers in [0, num_categories), any shape.
+        num_categories: n.
+        dtype: of the result; float32 at least is used.
+
+    Returns:
+        The moments over ``indices.numel()`` observations, each of shape [n].
+    """
+    flat = indices.reshape(-1)
+    dtype = torch.promote_types(dtype, torch.float32)
+    ones = torch.ones(flat.shape, dtype=dtype, device=flat.device)
+    frequency = torch.zeros(num_categories, dtype=dtype, device=flat.device).index_add_(0, flat, ones)
+    frequency /= max(len(flat), 1)
+    return Moments(len(flat), frequency, frequency * (1 - frequency))
+
+
+def pooled_moments(parts: Sequence[Moments]) -> Moments:
+    """Moments of the union of several sets of observations.
+
+        mu = sum_k c_k mu_k / c,    v = sum_k c_k (v_k + (mu_k - mu)^2) / c
+
+    so that several calls of a layer (gradient accumulation, reuse) count like one call with all samples.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    count = sum(part.count for part in parts)
+    mean: Tensor = sum(part.mean * (part.count / count) for part in parts)  # type: ignore[assignment]
+    variance = sum((part.variance + (part.mean - mean).square()) * (part.count / count) for part in parts)
+    return Moments(count, mean, variance)  # type: ignore[arg-type]
+
+
+def running_moments(past: Moments, batch: Moments, decay: float) -> Moments:
+    r"""Running averages of mean and mean square, kept as mean and variance.
+
+    With lam = decay, mx <- lam mx + (1 - lam) <x> and mx2 <- lam mx2 + (1 - lam) <x^2> give
+
+        mu' = lam mu + (1 - lam) m,    v' = lam v + (1 - lam) s + lam (1 - lam) (m - mu)^2
+
+    with m, s mean and variance of the batch. Source: Lafond, Vasilache and Bottou 2017, §2.3; there mx2 is stored,
+    which loses the digits of the variance where the mean is large. The first batch initialises both (no bias towards 0).
+
+    Args:
+        past: the averages so far; before the first batch, the batch itself. Not modified.
+        batch: the moments of the batch.
+        decay: lam, the weight of the past, in [0, 1).
+
+    Returns:
+        The new averages, with the batch's count. Elementwise: vectors of several layers may be joined.
+    """
+    shift = batch.mean - past.mean
+    mean = torch.lerp(past.mean, batch.mean, 1 - decay)
+    variance = torch.lerp(past.variance, batch.variance, 1 - decay).addcmul_(shift, shift, value=decay * (1 - decay))
+    return Moments(batch.count, mean, variance)

@@ -1,0 +1,220 @@
+"""Which layers of a model have a rule of their own, and what one sees of each during a step."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from torchgeom_optim.geometry.moments import Moments, channel_moments, one_hot_moments, pooled_moments
+from torchgeom_optim.geometry.reparametrization import reparametrized_gradient
+
+__all__ = ["AffineLayer", "LayerCall", "SeenCall", "find_affine_layers"]
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_KNOWN_LAYERS = (nn.Linear, *_CONVOLUTIONS, nn.Embedding)
+
+
+class SeenCall(NamedTuple):
+    """What a call that a backward pass has reached leaves behind.
+
+    Attributes:
+        moments: of the layer's inputs; only where asked for, like the next.
+        output_grad_sq: mean of g^2 over samples and positions, [m], as autograd scaled it.
+        num_samples: in the call; positions of a sequence count as samples.
+        num_applications: of the weights: samples times positions.
+    """
+
+    moments: Moments | None
+    output_grad_sq: Tensor | None
+    num_samples: int
+    num_applications: int
+
+
+class LayerCall:
+    """A call that no backward pass has reached yet, if one ever will. It lives in the graph, as a hook on the output.
+
+    The first hook that a backward pass reaches summarises all open calls at once: their inputs are still alive then
+    (autograd needs them), and small operations cost a third in one go of what they cost scattered among the layers.
+    """
+
+    def __init__(
+        self,
+        layer: AffineLayer,
+        x: Tensor,
+        y: Tensor,
+        open_calls: list[weakref.ref[LayerCall]],
+        *,
+        with_moments: bool,
+        with_output_grads: bool,
+    ) -> None:
+        batched = layer.spatial_axes == 0 or x.dim() == layer.spatial_axes + 2
+        self._num_applications = y.numel() // y.shape[layer.channel_axis]
+        self._num_samples = self._num_applications if layer.spatial_axes == 0 else (x.shape[0] if batched else 1)
+        self._layer = layer
+        self._x = x if with_moments else None
+        self._moments: Moments | None = None
+        self._with_output_grads = with_output_grads
+        self._counted = False
+        self._open_calls = open_calls
+        open_calls.append(weakref.ref(self))
+
+    def summarise(self) -> None:
+        """Reduce the input to its moments, and let go of it."""
+        if self._x is None:
+            return
+        layer, x, self._x = self._layer, self._x, None
+        if layer.is_embedding:
+            self._moments = one_hot_moments(x, len(layer.weight), layer.weight.dtype)
+        else:
+            self._moments = channel_moments(x, layer.channel_axis)
+
+    def on_output_grad(self, output_grad: Tensor) -> None:
+        """Count the call, once, now that a backward pass has reached its output."""
+        for reference in self._open_calls:
+            if (call := reference()) is not None:
+                call.summarise()
+        self._open_calls.clear()
+        if self._counted:
+            return
+        self._counted = True
+        output_grad_sq = None
+        if self._with_output_grads:
+            output_grad_sq = channel_moments(output_grad, self._layer.channel_axis).about_zero().variance
+        self._layer.count(SeenCall(self._moments, output_grad_sq, self._num_samples, self._num_applications))
+
+
+@dataclass(eq=False)
+class AffineLayer:
+    """A weight, the bias that can take up its inputs' mean, and the modules that apply it.
+
+    Attributes:
+        modules: more than one where modules share the weight.
+        weight: shape [m, n / groups, *kernel], or [n, m] for an embedding, whose inputs are one-hot.
+        bias: takes part in Eq. (3) only if it belongs to exactly one module and is optimized by the same rule.
+        free_biases: biases of modules that share a weight; the inputs' mean cannot be moved into these.
+        calls: the calls since the last step that a backward pass has reached.
+    """
+
+    modules: list[nn.Module]
+    weight: Tensor
+    bias: Tensor | None
+    free_biases: list[Tensor]
+    calls: list[SeenCall] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        module = self.modules[0]
+        self._backward_pass = -1
+        self.parameters = [p for p in (self.weight, self.bias, *self.free_biases) if p is not None]
+        self.is_embedding = isinstance(module, nn.Embedding)
+        self.spatial_axes = len(module.kernel_size) if isinstance(module, _CONVOLUTIONS) else 0
+        self.channel_axis = -self.spatial_axes - 1
+        self.groups = module.groups if isinstance(module, _CONVOLUTIONS) else 1
+        if self.is_embedding:
+            self.num_inputs = self.fan_in = self.weight.shape[0]
+        else:
+            self.num_inputs = self.weight.shape[1] * self.groups
+            self.fan_in = math.prod(self.weight.shape[1:])
+
+    def count(self, call: SeenCall) -> None:
+        """Take a call into account; where gradients start anew, those of a step that was skipped are forgotten."""
+        backward_pass = torch._C._current_graph_task_id()
+        if backward_pass != self._backward_pass and self.calls and all(p.grad is None for p in self.parameters):
+            self.calls.clear()
+        self._backward_pass = backward_pass
+        self.calls.append(call)
+
+    def batch_moments(self, *, centred: bool) -> Moments:
+        """Moments of this step's inputs, all calls pooled; about 0, with mean 0, if not centred."""
+        batch = pooled_moments([call.moments for call in self.calls if call.moments is not None])
+        return batch if centred else batch.about_zero()
+
+    def sharing(self) -> float:
+        """At how many positions s a weight is applied, per sample."""
+        return sum(call.num_applications for call in self.calls) / sum(call.num_samples for call in self.calls)
+
+    def output_grad_sq(self, *, mean_reduction: bool) -> Tensor:
+        """E[g_j^2] of this step; under mean reduction hooks deliver g / N, which is undone."""
+        total = sum(call.num_applications for call in self.calls)
+        return torch.stack(
+            [
+                call.output_grad_sq * (call.num_applications / total * (call.num_samples**2 if mean_reduction else 1))
+                for call in self.calls
+                if call.output_grad_sq is not None
+            ]
+        ).sum(0)
+
+    def reparametrize(
+        self,
+        weight_grad: Tensor | None,
+        bias_grad: Tensor | None,
+        input_mean: Tensor | None,
+        input_scale: Tensor | None,
+        output_scale: Tensor | float,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Eq. (3) for whichever of weight and bias has a gradient."""
+        if weight_grad is None:
+            return None, None if bias_grad is None else (bias_grad * output_scale).to(bias_grad.dtype)
+        if self.is_embedding:
+            scale = output_scale if input_scale is None else input_scale[:, None] * output_scale
+            return (weight_grad * scale).to(weight_grad.dtype), None
+        return reparametrized_gradient(weight_grad, bias_grad, input_mean, input_scale, output_scale, self.groups)
+
+
+def find_affine_layers(
+    model: nn.Module, takes_part: Callable[[Tensor], bool]
+) -> tuple[list[AffineLayer], dict[Tensor, str]]:
+    """Find the layers with a rule of their own.
+
+    Args:
+        model: looked through once, whole.
+        takes_part: whether a parameter is optimized, and not by plain SGD.
+
+    Returns:
+        The layers that have at least one such parameter; and for parameters of known layers that are left out, why.
+    """
+    refused: dict[Tensor, str] = {}
+    owners: dict[Tensor, list[nn.Module]] = {}
+    in_attention = set(_parts_of(m for m in model.modules() if isinstance(m, nn.MultiheadAttention)))
+    for module in model.modules():
+        weight = module._parameters.get("weight") if isinstance(module, _KNOWN_LAYERS) else None
+        if weight is None:  # unknown, or parametrized: the optimized tensors are not the layer's weight
+            continue
+        reason = _why_not(module)
+        if module in in_attention:
+            reason = "applied inside MultiheadAttention, without a call of its own"
+        if reason is not None:
+            refused.update((p, reason) for p in module.parameters(recurse=False))
+        owners.setdefault(weight, []).append(module)
+    layers = []
+    for weight, modules in owners.items():
+        if len({type(m) for m in modules}) > 1:
+            refused.setdefault(weight, "shared by layers of different types")
+        if weight in refused:
+            continue
+        biases = [b for m in modules if (b := m._parameters.get("bias")) is not None and takes_part(b)]
+        bias = biases[0] if len(modules) == 1 and biases else None
+        if takes_part(weight) or biases:
+            layers.append(AffineLayer(modules, weight, bias, [b for b in biases if b is not bias]))
+    return layers, refused
+
+
+def _parts_of(modules: Iterable[nn.Module]) -> Iterable[nn.Module]:
+    for module in modules:
+        yield from (part for part in module.modules() if part is not module)
+
+
+def _why_not(module: nn.Module) -> str | None:
+    known = next(cls for cls in _KNOWN_LAYERS if isinstance(module, cls))
+    if type(module).forward is not known.forward:
+        return f"{type(module).__name__} has a forward of its own"
+    if isinstance(module, nn.Embedding) and (module.sparse or module.scale_grad_by_freq):
+        return "embedding with sparse or frequency-scaled gradients"
+    if module._parameters["weight"].is_complex():  # type: ignore[union-attr]
+        return "complex weights"
+    return None

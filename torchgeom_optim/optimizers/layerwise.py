@@ -1,0 +1,313 @@
+"""What optimizers that look at layers have in common: who owns which parameter, what was seen, saving and copying."""
+
+from __future__ import annotations
+
+import weakref
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
+from torch.optim.sgd import sgd
+
+from torchgeom_optim.geometry.capture import Capture, activations_are_not_kept
+from torchgeom_optim.optimizers.layers import AffineLayer, LayerCall, find_affine_layers
+from torchgeom_optim.optimizers.report import ParameterRule, RuleReport
+
+__all__ = ["LayerwiseOptimizer"]
+
+_STATE_VERSION = 1
+
+
+class LayerwiseOptimizer(Optimizer):
+    """SGD along directions that are computed layer by layer from gradients and from what the layers saw.
+
+    A subclass says what it wants to see of a call (:meth:`_wants`), how hyper-parameters are checked
+    (:meth:`_check_group`), and computes directions (:meth:`_directions`). Its ``defaults`` hold the
+    hyper-parameters of ``torch.optim.SGD`` and ``rule``, where "sgd" leaves a parameter to plain SGD.
+
+    Args:
+        params: a model, or parameters or groups of them.
+        defaults: hyper-parameters of groups that do not say otherwise.
+        model: the module that owns the parameters; None makes every parameter one without a layer.
+    """
+
+    # Tensors in the state that stay in their own dtype and have the length of a layer's input.
+    _input_statistics: tuple[str, ...] = ()
+    _statistics: tuple[str, ...] = ()
+
+    def __init__(self, params: nn.Module | Iterable[Any], defaults: dict[str, Any], model: nn.Module | None) -> None:
+        if isinstance(params, nn.Module):
+            if model is not None and model is not params:
+                raise ValueError("got two models; need one: give it once, as the first argument or as model=.")
+            model, params = params, list(params.parameters())
+        if model is not None and not isinstance(model, nn.Module):
+            raise TypeError(
+                f"model: got {type(model).__name__}, need a torch.nn.Module: give the network that is trained."
+            )
+        self._model = model
+        self._layers: list[AffineLayer] = []
+        self._check_group(defaults, "default")
+        super().__init__(params, {**defaults, "state_version": _STATE_VERSION})
+        self._watch_layers()
+
+    @abstractmethod
+    def _check_group(self, group: Mapping[str, Any], where: str) -> None:
+        """Raise if a hyper-parameter is out of its range."""
+
+    @abstractmethod
+    def _wants(self, rule: str) -> tuple[bool, bool]:
+        """Whether the moments of a layer's inputs, and of its output gradients, are needed."""
+
+    @abstractmethod
+    def _directions(self, layers: list[AffineLayer]) -> dict[Tensor, Tensor]:
+        """What SGD is given in place of the gradients of these layers' parameters; updates the statistics."""
+
+    # -- parameter groups and layers ----------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; layers of the model whose parameters it brings are watched from now on.
+
+        Args:
+            param_group: parameters and the hyper-parameters that are their own.
+
+        Raises:
+            ValueError: parameters that the model does not own, or a value out of its range; no group was added.
+        """
+        if isinstance(param_group, dict):  # else torch says what is wrong
+            self._check_group({**self.defaults, **param_group}, f"group {len(self.param_groups)}")
+        super().add_param_group(param_group)
+        owned = None if self._model is None else set(self._model.parameters())
+        foreign = [tuple(p.shape) for p in self.param_groups[-1]["params"] if owned is not None and p not in owned]
+        if foreign:
+            self.param_groups.pop()
+            raise ValueError(
+                f"got {len(foreign)} parameters that the model does not own (shapes {foreign[:4]}); "
+                "need a model that contains them all: try an nn.ModuleList of everything that is trained."
+            )
+        if hasattr(self, "_capture"):  # not while the constructor adds its groups
+            self._watch_layers()
+
+    def _watch_layers(self) -> None:
+        """Find the layers of the model anew, keep what is known of them, and hook them."""
+        calls = {layer.weight: layer.calls for layer in self._layers}
+        self._group_of_parameter = {p: group for group in self.param_groups for p in group["params"]}
+        self._layers, self._refused = [], {}
+        if self._model is not None:
+            self._layers, self._refused = find_affine_layers(self._model, self._has_rule)
+        for layer in self._layers:
+            layer.calls = calls.get(layer.weight, layer.calls)
+        self._layer_of = {module: layer for layer in self._layers for module in layer.modules}
+        self._open_calls: list[weakref.ref[LayerCall]] = []
+        if hasattr(self, "_capture"):
+            self._capture.close()
+        self._capture = Capture(self._layer_of, self._on_call)
+
+    def _has_rule(self, parameter: Tensor) -> bool:
+        group = self._group_of_parameter.get(parameter)
+        return group is not None and group["rule"] != "sgd"
+
+    def _group_of(self, layer: AffineLayer) -> dict[str, Any]:
+        """The group that decides for a layer: its weight's, else its bias's."""
+        return next(self._group_of_parameter[p] for p in layer.parameters if self._has_rule(p))
+
+    def report(self) -> RuleReport:
+        """Name every parameter with the rule that it gets, in the order of the groups.
+
+        Returns:
+            Rows (name, shape, rule, note); ``print`` shows them as a table.
+        """
+        names = (
+            {} if self._model is None else {p: n.replace("_orig_mod.", "") for n, p in self._model.named_parameters()}
+        )
+        known: dict[Tensor, tuple[str, str]] = {}
+        for layer in self._layers:
+            rule = self._group_of(layer)["rule"]
+            known[layer.weight] = (rule, "" if layer.bias is not None else "without bias: inputs scaled, not centred")
+            for bias in layer.parameters[1:]:
+                known[bias] = (rule, "" if bias is layer.bias else "of a shared weight: scaled alone")
+        rows = []
+        for number, group in enumerate(self.param_groups):
+            for index, p in enumerate(group["params"]):
+                if not p.requires_grad:
+                    rule, note = "none", "frozen"
+                elif group["rule"] == "sgd":
+                    rule, note = "sgd", "asked for by its group"
+                elif self._model is None:
+                    rule, note = "sgd", "no model was given"
+                else:
+                    rule, note = known.get(p, ("sgd", self._refused.get(p, "its module has no rule")))
+                rows.append(ParameterRule(names.get(p, f"groups[{number}][{index}]"), tuple(p.shape), rule, note))
+        return RuleReport(rows)
+
+    # -- what the passes tell ------------------------------------------------------------------------------------
+
+    def _on_call(self, module: nn.Module, x: Tensor, y: Tensor) -> Callable[[Tensor], None]:
+        layer = self._layer_of[module]
+        moments, output_grads = self._wants(self._group_of(layer)["rule"])
+        if len(self._open_calls) > 8 * len(self._layers) + 64:  # passes with gradients that were never differentiated
+            self._open_calls[:] = [reference for reference in self._open_calls if reference() is not None]
+        call = LayerCall(layer, x, y, self._open_calls, with_moments=moments, with_output_grads=output_grads)
+        if activations_are_not_kept():
+            call.summarise()
+        return call.on_output_grad
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients, and forget the calls that led to them.
+
+        Args:
+            set_to_none: as in torch.
+        """
+        self._forget_calls()
+        super().zero_grad(set_to_none)
+
+    def _forget_calls(self) -> None:
+        for layer in self._layers:
+            layer.calls.clear()
+
+    # -- the step ------------------------------------------------------------------------------------------------
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Take one step with the gradients that the parameters hold.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Returns:
+            The closure's loss, if there is one.
+
+        Raises:
+            RuntimeError: a layer has a gradient, but no pass with gradients went through it; nothing was changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            active = [layer for layer in self._layers if any(p.grad is not None for p in layer.parameters)]
+            self._check_calls(active)
+            directions = self._directions(active)
+            for group in self.param_groups:
+                self._descend(group, directions)
+        self._forget_calls()
+        return loss
+
+    def _check_calls(self, active: list[AffineLayer]) -> None:
+        """Refuse the step before anything has changed, where statistics are missing."""
+        if not active:
+            return
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            if (ranks := torch.distributed.get_world_size()) > 1:
+                raise RuntimeError(
+                    f"got {ranks} processes, whose layers see different inputs: their weights would drift apart. "
+                    "Need one process; try rule='sgd'. Nothing was changed."
+                )
+        heard = any(layer.calls for layer in active)
+        for layer in active:
+            if layer.calls or (heard and self.state.get(layer.weight)):  # one that sat out goes by what is known of it
+                continue
+            names = {module: name for name, module in self._model.named_modules()} if self._model is not None else {}
+            raise RuntimeError(
+                f"layer {names.get(layer.modules[0])!r} has a gradient, but no pass with gradients went through it since the "
+                "last step, so its inputs are not known; need a forward and a backward pass of the model per step. "
+                "If the model is compiled, build the optimizer before the compiled model's first call, or call "
+                "torch.compiler.reset() after building it. If the weight is used without calling its layer, "
+                "put its parameters into a group with rule='sgd'. Nothing was changed."
+            )
+
+    def _descend(self, group: dict[str, Any], directions: Mapping[Tensor, Tensor]) -> None:
+        """Let torch's own SGD take the step, along the directions in place of the gradients."""
+        params = [p for p in group["params"] if p.grad is not None]
+        grads = [directions.get(p, p.grad) for p in params]
+        momentum = group["momentum"]
+        buffers = [self.state[p].get("momentum_buffer") if momentum else None for p in params]
+        sgd(
+            params,
+            grads,
+            buffers,
+            has_sparse_grad=any(g.is_sparse for g in grads),
+            foreach=group["foreach"],
+            lr=group["lr"],
+            momentum=momentum,
+            dampening=group["dampening"],
+            weight_decay=group["weight_decay"],
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
+        )
+        if momentum:
+            for p, buffer in zip(params, buffers, strict=True):
+                self.state[p]["momentum_buffer"] = buffer
+
+    # -- saving and copying --------------------------------------------------------------------------------------
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a checkpoint of this class, or of ``torch.optim.SGD``.
+
+        Of SGD only the momentum is taken over, and put into our coordinates at the first step; the hyper-parameters
+        stay as constructed, since an SGD learning rate has another scale. The given dict is not modified.
+
+        Args:
+            state_dict: what :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: a checkpoint of a newer version, or tensors that do not fit the parameters; nothing was changed.
+        """
+        saved = state_dict["param_groups"]
+        versions = [group.get("state_version", 0) for group in saved]
+        if any(version > _STATE_VERSION for version in versions):
+            raise ValueError(
+                f"got a checkpoint of version {max(versions)}, need {_STATE_VERSION}: update torchgeom_optim."
+            )
+        parameters = list(chain.from_iterable(group["params"] for group in self.param_groups))
+        indices = list(chain.from_iterable(group["params"] for group in saved))
+        owner = dict(zip(indices, parameters, strict=False))  # torch says what is wrong if there are more or less
+        state = {index: dict(values) for index, values in state_dict["state"].items()}
+        self._check_shapes({owner[index]: values for index, values in state.items() if index in owner})
+        groups = []
+        for group, version, own in zip(saved, versions, self.param_groups, strict=False):
+            present = {key: value for key, value in own.items() if key != "params"}
+            groups.append({**group, **present} if version == 0 else {**present, **group})
+            for index in group["params"] if version == 0 else ():
+                if index in owner and self._has_rule(owner[index]) and "momentum_buffer" in state.get(index, {}):
+                    state[index]["gradient_momentum"] = state[index].pop("momentum_buffer")
+        groups += saved[len(groups) :]
+        super().load_state_dict({**state_dict, "state": state, "param_groups": groups})
+        for index, p in owner.items():  # torch casts to the parameter's dtype, which is too coarse for these
+            for key in self._statistics:
+                if key in state.get(index, {}):
+                    self.state[p][key] = state[index][key].to(p.device, copy=True)
+
+    def _check_shapes(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
+        num_inputs = {layer.weight: (layer.num_inputs,) for layer in self._layers}
+        for p, values in state.items():
+            needs = dict.fromkeys(("momentum_buffer", "gradient_momentum"), tuple(p.shape))
+            needs |= {key: num_inputs[p] for key in self._input_statistics if p in num_inputs}
+            for key, need in needs.items():
+                value = values.get(key)
+                if isinstance(value, Tensor) and tuple(value.shape) != need:
+                    raise ValueError(
+                        f"got a checkpoint with {key} of shape {tuple(value.shape)} for a parameter of shape {tuple(p.shape)}; "
+                        f"need {need}: it is of another model, or its groups are in another order. Nothing was changed."
+                    )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything that a copy or a pickle needs; the model goes with it, as the parameters do."""
+        seen = [(layer.weight, layer.calls) for layer in self._layers]
+        return {**super().__getstate__(), "_model": self._model, "_seen": seen}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy, or (called by torch) what a checkpoint holds, and watch the layers anew."""
+        seen = dict(state.get("_seen", ()))
+        super().__setstate__({key: value for key, value in state.items() if key != "_seen"})
+        if not hasattr(self, "_layers"):
+            self._layers = []
+        self._watch_layers()
+        for layer in self._layers:
+            layer.calls = list(seen.get(layer.weight, layer.calls))
