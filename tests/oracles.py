@@ -25,3 +25,14 @@ def per_sample_gradients(
         grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
         rows.append([torch.zeros_like(p) if g is None else g for p, g in zip(named.values(), grads, strict=True)])
     return {name: torch.stack([row[k] for row in rows]) for k, name in enumerate(named)}
+
+
+def jacobian(values: Callable[[int], Tensor], num_samples: int, parameters: list[nn.Parameter]) -> Tensor:
+    """Rows d values(i)[c] / d parameters in the order (sample, entry), one ``autograd.grad`` each: [N C, P]."""
+    rows = []
+    for i in range(num_samples):
+        for entry in values(i).reshape(-1):
+            grads = torch.autograd.grad(entry, parameters, retain_graph=True, allow_unused=True)
+            parts = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)]
+            rows.append(torch.cat([part.reshape(-1) for part in parts]))
+    return torch.stack(rows)

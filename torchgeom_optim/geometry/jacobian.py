@@ -1,0 +1,444 @@
+"""The Jacobian of what a network computes with respect to its weights, sample by sample, as an operator."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from torchgeom_optim.geometry import jacobian_routes as routes
+from torchgeom_optim.geometry.heads import HeadName, LossFunction, head_values, needs_targets
+from torchgeom_optim.geometry.jacobian_memory import JacobianMemoryError, MemoryPlan
+from torchgeom_optim.geometry.jacobian_routes import Weights
+from torchgeom_optim.geometry.mini_batches import MiniBatch, MiniBatches
+from torchgeom_optim.geometry.parameter_vectors import ParameterVectors, checked_columns
+from torchgeom_optim.geometry.private_evaluation import private_evaluation, with_weights
+
+__all__ = ["Jacobian", "JacobianMemoryError", "TransposedJacobian"]
+
+R = TypeVar("R")
+
+
+class Jacobian:
+    r"""J, one row per sample and output, one column per weight; never formed unless asked for.
+
+        J[i C + c, :] = d f_c(x_i; w) / d w          shape [N C, P]
+
+    f is what ``of`` names: the model's ``"outputs"`` (flattened to C per sample); the ``"loss"`` of each sample by
+    itself (C = 1); the ``"log_probabilities"`` of given labels (C = 1); or ``"sqrt_probabilities"``, 2 sqrt(softmax),
+    whose J'J is the Fisher matrix summed over samples. **J carries no 1/N**: J'u with u = 1/N is the gradient of the
+    mean loss, J'J / N the mean Fisher matrix. Columns follow ``model.named_parameters()``; units are [f] / [weight].
+
+    - ``J @ v`` and ``J.T @ u``, for one vector or for the k columns of a matrix; ``J.rows()``, ``J.dense()``,
+      ``J.gram()``. ``J.vectors`` turns vectors into named tensors and back.
+    - A derivative is what the backward pass computes (so ``no_grad`` and tensor hooks inside the model count). Products
+      by J use forward mode once a comparison has shown it to agree, and otherwise the backward pass of the backward
+      pass. Rows are batched over samples by vmap, or taken one sample at a time where vmap cannot follow or does not
+      agree. All are exact; ``ways`` tells which was used for what.
+    - J is that of the weights and buffers that the model has when a product is asked for, in evaluation behaviour: no
+      dropout, norm layers with their running statistics. Otherwise there is no such matrix: in training mode batch norm
+      makes a row depend on the other samples, and dropout makes every pass another J.
+    - The model is left as it was: ``p.grad``, buffers, modes and the random state; captures see nothing of it.
+
+    Args:
+        model: any module, with the sample along the first axis of its inputs and of its output.
+        data: a tensor [N, ...], a tuple of the model's arguments or a mapping of its keyword arguments (tensors nested
+            in them to any depth), or an iterable of mini-batches that gives the same ones each time, each an input or a
+            pair (inputs, targets), such as a DataLoader that does not shuffle. See :class:`MiniBatches`.
+        targets: what "loss" and "log_probabilities" need, where they do not come with the mini-batches.
+        of: what is differentiated.
+        loss_fn: the loss for ``of="loss"``, called as ``loss_fn(outputs[i:i+1], targets[i:i+1])``.
+        parameters: names, or a predicate of name and parameter; by default those with ``requires_grad``.
+        batch_size: most samples in one pass; by default as many as 256 MiB (or ``memory_limit``) have room for.
+        dtype: of the computation; float64 evaluates a float64 copy of weights, buffers and inputs. By default the
+            model's own.
+        memory_limit: bytes that one call may take by prediction, result included; ``math.inf`` for no limit.
+        select: picks the tensor out of the model's output where that is a tuple, a mapping or an object.
+        class_dim: axis of the classes in the outputs, for the two heads of probabilities.
+        keep_modes: leave every module in the mode it is in, instead of evaluation mode. Refused with a ValueError if
+            samples then depend on one another or the model draws random numbers.
+
+    Raises:
+        ValueError: unknown head; missing or misplaced targets or loss; no parameter; no data; non-finite data or
+            outputs; random or coupled outputs; shapes that do not fit.
+        TypeError: the data can be gone through only once; the model's output is no tensor.
+        JacobianMemoryError: raised by an operation, before it starts, that would need more than ``memory_limit``.
+
+    Example:
+        >>> model = nn.Linear(3, 2)
+        >>> J = Jacobian(model, torch.randn(5, 3))
+        >>> J.shape, (J @ torch.ones(8)).shape, J.gram().shape
+        ((10, 8), torch.Size([10]), torch.Size([10, 10]))
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Any,
+        targets: Tensor | None = None,
+        *,
+        of: HeadName = "outputs",
+        loss_fn: LossFunction | None = None,
+        parameters: Iterable[str] | Callable[[str, nn.Parameter], bool] | None = None,
+        batch_size: int | None = None,
+        dtype: torch.dtype | None = None,
+        memory_limit: float = 2**32,
+        select: Callable[[Any], Tensor] | None = None,
+        class_dim: int = -1,
+        keep_modes: bool = False,
+    ) -> None:
+        if batch_size is not None and not batch_size >= 1:
+            raise ValueError(f"batch_size={batch_size}: must be at least 1, or None to fit the memory; 64 is common.")
+        if not memory_limit > 0:
+            raise ValueError(f"memory_limit={memory_limit}: must be positive, in bytes; 2**32 is the default.")
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"dtype={dtype}: derivatives need a real floating-point type. Try torch.float64.")
+        self.model = model
+        self.of = of
+        self.ways: dict[str, str] = {}
+        self._head = head_values(of, loss_fn, class_dim)
+        self._select = select
+        self._keep_modes = keep_modes
+        self.vectors = ParameterVectors(model, parameters, dtype)
+        with self._private():
+            self._data = MiniBatches(data, targets, needs_targets(of), self.vectors.device, dtype)
+        self._switches = routes.Switches(forward=False if _pads(model) else None)
+        self.num_samples = self._data.num_samples
+        self.num_outputs = -1  # not known yet
+        saved, self.num_outputs = self._probe()
+        self._plan = MemoryPlan(
+            self.num_samples,
+            self.num_outputs,
+            self.vectors.size,
+            self.dtype.itemsize,
+            saved,
+            memory_limit,
+            batch_size,
+            self._data.largest,
+            twice_backward=True,
+        )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N C, P)."""
+        return self.num_samples * self.num_outputs, self.vectors.size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of vectors and results."""
+        return self.vectors.dtype
+
+    @property
+    def T(self) -> TransposedJacobian:
+        """J', for products ``J.T @ u``."""
+        return TransposedJacobian(self)
+
+    def __matmul__(self, v: Tensor | Mapping[str, Tensor]) -> Tensor:
+        return self.product(v)
+
+    def product(self, v: Tensor | Mapping[str, Tensor]) -> Tensor:
+        """J v, the change of f to first order as the weights move by v.
+
+        Args:
+            v: [P] or, for k vectors, [P, k]; or a mapping from names to [*shape] or [*shape, k].
+
+        Returns:
+            [N C], or [N C, k].
+
+        Raises:
+            TypeError: v is not real floating-point.
+            ValueError: shape or values of v do not fit.
+            JacobianMemoryError: see ``memory_limit``.
+        """
+        v = self.vectors.flat(v) if isinstance(v, Mapping) else v
+        columns = checked_columns(v, self.shape[1], "P", self.dtype, self.vectors.device)
+        self._plan.allow("product", columns.shape[1])
+        result = columns.new_empty(self.shape[0], columns.shape[1])
+        for part in _slices(columns.shape[1], self._plan.vectors_at_once(columns.shape[1])):
+            tangents = self.vectors.split(columns[:, part].T)
+            k, row = part.stop - part.start, 0
+            for batch in self._parts(self._plan.samples_per_pass("product", k)):
+                with self._private():
+                    block = self._push(batch, tangents)  # [k, b, C]
+                n = batch.size * self.num_outputs
+                result[row : row + n, part] = block.reshape(k, n).T
+                row += n
+        return result if v.dim() == 2 else result[:, 0]
+
+    def transposed_product(self, u: Tensor) -> Tensor:
+        """J'u, the gradient with respect to the weights of sum(u f).
+
+        Args:
+            u: [N C] or, for k vectors, [N C, k]; entry i C + c belongs to output c of sample i.
+
+        Returns:
+            [P], or [P, k]. ``vectors.named(...)`` gives it as named tensors.
+
+        Raises:
+            TypeError: u is not real floating-point.
+            ValueError: shape or values of u do not fit.
+            JacobianMemoryError: see ``memory_limit``.
+        """
+        columns = checked_columns(u, self.shape[0], "N C", self.dtype, self.vectors.device)
+        self._plan.allow("transposed_product", columns.shape[1])
+        result = columns.new_zeros(columns.shape[1], self.vectors.size)
+        for part in _slices(columns.shape[1], self._plan.vectors_at_once(columns.shape[1])):
+            k, row = part.stop - part.start, 0
+            for batch in self._parts(self._plan.samples_per_pass("transposed_product", k)):
+                n = batch.size * self.num_outputs
+                cotangents = columns[row : row + n, part].T.reshape(k, batch.size, self.num_outputs)
+                with self._private():
+                    values, function = self.vectors.values(), self._function(batch)
+                    gradients = routes.pull_back(function, values, cotangents, self._switches)
+                    self.vectors.write(gradients, result[part], add=True)
+                row += n
+        self.ways["transposed_product"] = "backward pass" + _at_a_time(self._switches.batched_backward)
+        return result.T if u.dim() == 2 else result[0]
+
+    def rows(self) -> Iterator[Tensor]:
+        """The rows in blocks [b C, P], mini-batch by mini-batch, in the order of the samples.
+
+        Returns:
+            An iterator; each block is computed when it is asked for.
+
+        Raises:
+            JacobianMemoryError: see ``memory_limit``.
+        """
+        self._plan.allow("rows")
+        return self._row_blocks()
+
+    def dense(self) -> Tensor:
+        """J as a matrix.
+
+        Returns:
+            [N C, P].
+
+        Raises:
+            JacobianMemoryError: see ``memory_limit``.
+        """
+        self._plan.allow("dense")
+        result = torch.empty(self.shape, dtype=self.dtype, device=self.vectors.device)
+        row = 0
+        for block in self._row_blocks():
+            result[row : row + len(block)] = block
+            row += len(block)
+        return result
+
+    def gram(self) -> Tensor:
+        """J J', which has the nonzero eigenvalues of J'J. In units of f^2 / weight^2, without 1/N.
+
+        Rows are held for as many samples as ``memory_limit`` has room for, and computed again for the others.
+
+        Returns:
+            [N C, N C], exactly symmetric.
+
+        Raises:
+            JacobianMemoryError: see ``memory_limit``.
+        """
+        self._plan.allow("gram")
+        gram = torch.empty(self.shape[0], self.shape[0], dtype=self.dtype, device=self.vectors.device)
+        capacity = self._plan.samples_held() * self.num_outputs
+        start = 0
+        while start < self.shape[0]:
+            held: list[tuple[int, Tensor]] = []
+            row = room_until = start
+            for block in self._row_blocks(from_row=start):
+                if not held or (row == room_until and row + len(block) <= start + capacity):
+                    held.append((row, block))
+                    room_until = row + len(block)
+                for column, other in held:
+                    with self._private():  # the caller's autocast would round the product
+                        product = block @ other.T
+                    gram[column : column + len(other), row : row + len(block)] = product.T
+                    gram[row : row + len(block), column : column + len(other)] = product
+                row += len(block)
+            start = room_until
+        self.ways["gram"] = "rows, " + ("held" if capacity >= self.shape[0] else "held in part and computed again")
+        return gram
+
+    def predicted_bytes(self, operation: str, num_vectors: int = 1) -> int:
+        """Bytes that an operation will take at its peak.
+
+        From the shapes and from what the forward pass of one sample kept when the operator was made. It is meant as an
+        upper bound, and is none where a layer works with more memory than it keeps.
+
+        Args:
+            operation: "product", "transposed_product", "rows" (one block), "dense" or "gram".
+            num_vectors: k, for products.
+
+        Returns:
+            Bytes, result included, weights and data excluded.
+
+        Raises:
+            ValueError: unknown operation.
+        """
+        return self._plan.predicted(operation, num_vectors)
+
+    def __repr__(self) -> str:
+        return f"Jacobian(of={self.of!r}, shape={self.shape}, dtype={self.dtype}, ways={self.ways})"
+
+    # How it is computed
+
+    def _private(self) -> AbstractContextManager[None]:
+        return private_evaluation(self.model, self._keep_modes)
+
+    def _parts(self, size: int) -> Iterator[MiniBatch]:
+        # The user's loader may draw random numbers whenever it is asked for the next batch, and only then.
+        parts = self._data.parts(size)
+        while True:
+            with self._private():
+                batch = next(parts, None)
+            if batch is None:
+                return
+            yield batch
+
+    def _function(self, batch: MiniBatch) -> routes.Function:
+        return lambda weights, then: self._call(batch, weights, then)
+
+    def _call(self, batch: MiniBatch, weights: Weights, then: Callable[[Tensor], R]) -> R:
+        """then(f of the mini-batch [b, C]) at these weights."""
+
+        def work(model: nn.Module) -> R:
+            values = self._head(self._tensor(batch.call(model), batch.size), batch.targets)
+            if self.num_outputs >= 0 and values.shape[1] != self.num_outputs:
+                raise ValueError(
+                    f"{values.shape[1]} outputs per sample in this mini-batch: the first had {self.num_outputs}, and "
+                    "every sample must have as many. Pad sequences to one length."
+                )
+            return then(values)
+
+        constants, buffers = self.vectors.constants()
+        return with_weights(self.model, {**constants, **weights}, buffers, work)
+
+    def _tensor(self, returned: Any, size: int) -> Tensor:
+        outputs: Tensor | Any = returned if self._select is None else self._select(returned)
+        if not isinstance(outputs, Tensor):
+            raise TypeError(
+                f"the model returned {type(outputs).__name__}: one tensor is needed. Pick it with select=, for example "
+                "select=lambda output: output[0]."
+            )
+        if size == 1 and (outputs.dim() == 0 or outputs.shape[0] != 1):
+            outputs = torch.unsqueeze(outputs, 0)  # squeezed away by the model
+        if outputs.dim() == 0 or len(outputs) != size:
+            raise ValueError(
+                f"output of shape {list(outputs.shape)} for {size} samples: its first axis must be the sample. "
+                "Wrap the model in a module that transposes."
+            )
+        result: Tensor = outputs
+        return result
+
+    def _push(self, batch: MiniBatch, tangents: Weights) -> Tensor:
+        values, function = self.vectors.values(), self._function(batch)
+        if self._switches.forward is None:
+            few = self._function(batch.part(0, min(2, batch.size)))
+            self._switches.forward = routes.forward_mode_agrees(few, values, self._switches)
+            self._plan.twice_backward = not self._switches.forward
+        if self._switches.forward:
+            result = routes.push_forward(function, values, tangents, self._switches)
+            self.ways["product"] = "forward mode" + _at_a_time(self._switches.batched_forward)
+            return result
+        try:
+            result = routes.push_through_backward(function, values, tangents, self._switches)
+            self.ways["product"] = "backward pass of the backward pass" + _at_a_time(self._switches.batched_forward)
+            return result
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # an operation without a second derivative: rows need only the first
+            self.ways["product"] = "rows, sample by sample"
+        k = len(next(iter(tangents.values())))
+        columns = torch.empty(k, self.vectors.size, dtype=self.dtype, device=self.vectors.device)
+        self.vectors.write(tangents, columns)
+        blocks = [self._block(batch.part(i, i + 1)) @ columns.T for i in range(batch.size)]
+        return torch.stack(blocks).permute(2, 0, 1)
+
+    def _row_blocks(self, from_row: int = 0) -> Iterator[Tensor]:
+        row = 0
+        for batch in self._parts(self._plan.samples_per_pass("rows")):
+            if row >= from_row:
+                with self._private():
+                    block = self._block(batch)
+                yield block
+            row += batch.size * self.num_outputs
+
+    def _block(self, batch: MiniBatch) -> Tensor:
+        values = self.vectors.values()
+        if self._switches.rows is None:
+            self._switches.rows = routes.rows_agree(self._function, batch.part(0, min(2, batch.size)), values)
+        gradients = routes.row_gradients(self._function, batch, values, self.num_outputs, self._switches)
+        num_rows = batch.size * self.num_outputs
+        block = torch.empty(num_rows, self.vectors.size, dtype=self.dtype, device=self.vectors.device)
+        self.vectors.write(gradients, block)
+        self.ways["rows"] = "samples batched by vmap" if self._switches.rows else "samples one by one"
+        return block
+
+    def _probe(self) -> tuple[int, int]:
+        """Bytes that one sample's pass keeps, and C; refuses a model that has no Jacobian."""
+        with self._private():
+            batch = next(iter(self._data.parts(self._data.largest)))
+            two, one = batch.part(0, min(2, batch.size)), batch.part(0, 1)
+            values = self.vectors.values()
+            saved, alone = routes.saved_bytes(self._function(one), values)
+            states = _generator_states(self.vectors.device)
+            together = self._call(two, values, lambda f: f.detach())
+            drew = any(
+                not torch.equal(s, t) for s, t in zip(states, _generator_states(self.vectors.device), strict=True)
+            )
+        if drew:
+            raise ValueError(
+                "the model drew random numbers in its forward pass: two passes would have two different Jacobians. "
+                "Leave keep_modes=False, which turns dropout off, or make the model deterministic."
+            )
+        if not bool(torch.isfinite(together).all()):
+            raise ValueError(
+                f"the {self.of} of the first samples are not finite: weights and data must give finite ones. Look "
+                "for nan "
+                "or huge values in both."
+            )
+        tolerance = 100 * math.sqrt(torch.finfo(alone.dtype).eps)
+        if not bool((alone[0] - together[0]).norm() <= tolerance * alone.norm()):
+            raise ValueError(
+                "the first sample's outputs depend on the other samples (batch norm with batch statistics?): its row "
+                "would depend on the mini-batch. Leave keep_modes=False, and give norm layers running statistics."
+            )
+        return saved, alone.shape[1]
+
+
+class TransposedJacobian:
+    """J', shape [P, N C]: products ``J.T @ u``."""
+
+    def __init__(self, jacobian: Jacobian) -> None:
+        self.T = jacobian
+        self.shape = jacobian.shape[::-1]
+
+    def __matmul__(self, u: Tensor) -> Tensor:
+        return self.T.transposed_product(u)
+
+
+def _pads(model: nn.Module) -> bool:
+    """Whether the backward pass leaves out tokens that forward mode would count, which one batch may not show."""
+    embeddings = [m for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
+    if any(m.scale_grad_by_freq for m in embeddings):
+        raise ValueError(
+            "an embedding has scale_grad_by_freq=True: what it gives as its gradient is no derivative and depends on "
+            "the other samples. Set the flag to False on the module."
+        )
+    return any(m.padding_idx is not None for m in embeddings)
+
+
+def _generator_states(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    if device.type not in ("cpu", "meta"):
+        states.append(torch.get_device_module(device).get_rng_state(device))
+    return states
+
+
+def _slices(length: int, step: int) -> list[slice]:
+    return [slice(start, min(length, start + step)) for start in range(0, length, step)]
+
+
+def _at_a_time(batched: bool) -> str:
+    return ", vectors batched by vmap" if batched else ", one vector at a time"
