@@ -2,8 +2,8 @@
 
 A layer's per-sample gradient is an outer product of its input and the gradient at its output, and the
 user's own forward and backward pass computes both. :class:`Capture` hands them over as they come by.
-It sets one forward hook per layer and one *tensor* hook per output, since module backward hooks fail
-where an in-place activation follows the layer.
+It sets one forward hook per layer and one hook on the graph node of each output, since module backward hooks
+fail where an in-place activation follows the layer.
 """
 
 from __future__ import annotations
@@ -123,7 +123,12 @@ class _CallHook:
         layer_input = args[0] if args else next(iter(kwargs.values()))
         on_output_grad = on_call(module, layer_input, output)
         if on_output_grad is not None:
-            output.register_hook(on_output_grad)
+            # Of the node that made the output: cheaper than a tensor hook, and in-place changes that follow do not matter.
+            node, place = output.grad_fn, output.output_nr
+            if node is None:
+                output.register_hook(on_output_grad)
+            else:
+                node.register_prehook(lambda grads: None if grads[place] is None else on_output_grad(grads[place]))
 
 
 @torch.compiler.disable

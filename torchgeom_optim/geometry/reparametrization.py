@@ -59,8 +59,8 @@ def precision(second_moment: Tensor, damping: float) -> Tensor:
     Returns:
         Positive and finite numbers, shape [n], units 1 / q.
     """
-    floor = second_moment.mean() * damping + torch.finfo(second_moment.dtype).tiny
-    return (second_moment + floor).reciprocal_()
+    tiny = torch.finfo(second_moment.dtype).tiny  # for a layer whose inputs are all zero
+    return torch.add(second_moment + tiny, second_moment.mean(), alpha=damping).reciprocal_()
 
 
 def reparametrized_gradient(
@@ -94,17 +94,14 @@ def reparametrized_gradient(
     gradient = weight_grad.to(dtype).reshape(m, n, -1)  # kernel positions last
     beta_sq = output_scale[:, None, None] if isinstance(output_scale, Tensor) else output_scale
     scale = beta_sq if input_scale is None else _per_unit(input_scale, m, groups)[..., None] * beta_sq
-    if bias_grad is None:
-        return (gradient * scale).view_as(weight_grad).to(weight_grad.dtype), None
-    b = bias_grad.to(dtype)
-    db = b * output_scale
-    if input_mean is None:
-        delta = gradient * scale
-    else:
-        mu = _per_unit(input_mean, m, groups)
-        delta = torch.addcmul(gradient, b[:, None, None], mu[..., None], value=-1).mul_(scale)
-        summed = delta.sum(-1) if delta.shape[-1] > 1 else delta.squeeze(-1)
-        db -= summed @ mu if mu.dim() == 1 else (summed * mu).sum(-1)
+    if bias_grad is None or input_mean is None:
+        bias_step = None if bias_grad is None else (bias_grad.to(dtype) * output_scale).to(bias_grad.dtype)
+        return (gradient * scale).view_as(weight_grad).to(weight_grad.dtype), bias_step
+    b, mu = bias_grad.to(dtype), _per_unit(input_mean, m, groups)
+    delta = torch.addcmul(gradient, b[:, None, None], mu[..., None], value=-1).mul_(scale)
+    summed = delta.sum(-1) if delta.shape[-1] > 1 else delta.squeeze(-1)
+    moved = summed.mv(mu) if groups == 1 else torch.linalg.vecdot(summed, mu)
+    db = (b * output_scale).sub_(moved)
     return delta.view_as(weight_grad).to(weight_grad.dtype), db.to(bias_grad.dtype)
 
 

@@ -101,6 +101,11 @@ class LayerwiseOptimizer(Optimizer):
         for layer in self._layers:
             layer.calls = calls.get(layer.weight, layer.calls)
         self._layer_of = {module: layer for layer in self._layers for module in layer.modules}
+        # The group that decides for a layer: its weight's, else its bias's.
+        self._group_of = {
+            layer: next(self._group_of_parameter[p] for p in layer.parameters if self._has_rule(p))
+            for layer in self._layers
+        }
         self._open_calls: list[weakref.ref[LayerCall]] = []
         if hasattr(self, "_capture"):
             self._capture.close()
@@ -109,10 +114,6 @@ class LayerwiseOptimizer(Optimizer):
     def _has_rule(self, parameter: Tensor) -> bool:
         group = self._group_of_parameter.get(parameter)
         return group is not None and group["rule"] != "sgd"
-
-    def _group_of(self, layer: AffineLayer) -> dict[str, Any]:
-        """The group that decides for a layer: its weight's, else its bias's."""
-        return next(self._group_of_parameter[p] for p in layer.parameters if self._has_rule(p))
 
     def report(self) -> RuleReport:
         """Name every parameter with the rule that it gets, in the order of the groups.
@@ -125,7 +126,7 @@ class LayerwiseOptimizer(Optimizer):
         )
         known: dict[Tensor, tuple[str, str]] = {}
         for layer in self._layers:
-            rule = self._group_of(layer)["rule"]
+            rule = self._group_of[layer]["rule"]
             known[layer.weight] = (rule, "" if layer.bias is not None else "without bias: inputs scaled, not centred")
             for bias in layer.parameters[1:]:
                 known[bias] = (rule, "" if bias is layer.bias else "of a shared weight: scaled alone")
@@ -147,7 +148,7 @@ class LayerwiseOptimizer(Optimizer):
 
     def _on_call(self, module: nn.Module, x: Tensor, y: Tensor) -> Callable[[Tensor], None]:
         layer = self._layer_of[module]
-        moments, output_grads = self._wants(self._group_of(layer)["rule"])
+        moments, output_grads = self._wants(self._group_of[layer]["rule"])
         if len(self._open_calls) > 8 * len(self._layers) + 64:  # passes with gradients that were never differentiated
             self._open_calls[:] = [reference for reference in self._open_calls if reference() is not None]
         call = LayerCall(layer, x, y, self._open_calls, with_moments=moments, with_output_grads=output_grads)

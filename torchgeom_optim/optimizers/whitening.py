@@ -159,7 +159,7 @@ class WhiteningSGD(LayerwiseOptimizer):
         directions: dict[Tensor, Tensor] = {}
         second_moments = self._update_input_statistics(layers)
         for layer in layers:
-            group, state = self._group_of(layer), self.state[layer.weight]
+            group, state = self._group_of[layer], self.state[layer.weight]
             mean = alpha_sq = None
             if layer in second_moments:
                 alpha_sq = precision(second_moments[layer], group["damping"])
@@ -187,7 +187,7 @@ class WhiteningSGD(LayerwiseOptimizer):
         """
         alike: dict[tuple[Any, ...], list[tuple[AffineLayer, Moments, Moments]]] = defaultdict(list)
         for layer in layers:
-            group, state = self._group_of(layer), self.state[layer.weight]
+            group, state = self._group_of[layer], self.state[layer.weight]
             if group["rule"] not in _WHITENED:
                 continue
             centred = _is_centred(layer)
