@@ -1,0 +1,251 @@
+r"""Which parameters were used by known layers alone, and which in other ways too.
+
+A rule's factors are a parameter's whole per-sample gradient only if every use of the parameter in the pass was a call
+of a layer with a rule, and axis 0 of that layer's input was the samples. Both are checked, neither is assumed:
+
+- *Other uses* (``F.linear(x, layer.weight)``, attention's output layer whose forward is never called, a weight that
+  is computed from other parameters) show in autograd's graph. :meth:`LayerCalls.resolve` walks it from the loss down
+  and steps over each recorded call, from its output right to its input: a parameter that the walk still meets was
+  used by something else.
+- *The sample axis* (time before samples, positions looked up once per batch, samples and time flattened together) is
+  found by running the model on a batch of another size: the axis that changes is the samples.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.utils._pytree import tree_map
+
+from torchgeom_optim.geometry.capture import Capture
+from torchgeom_optim.geometry.factors import Factor
+from torchgeom_optim.geometry.layers import LayerRule, factors_of_call, rule_for
+from torchgeom_optim.geometry.private_evaluation import with_weights
+from torchgeom_optim.geometry.pure_call import without_trace
+
+__all__ = ["LayerCall", "LayerCalls", "ParameterUses", "watched_layers"]
+
+OnOutputGrad = Callable[["LayerCall", Tensor], None]
+_Signature = tuple[tuple[int, torch.Size], ...]
+
+_sample_first: weakref.WeakKeyDictionary[nn.Module, dict[_Signature, tuple[bool, ...]]]
+_sample_first = weakref.WeakKeyDictionary()
+_MAX_SIGNATURES = 64  # a model that is called with ever new shapes must not fill the memory
+
+
+class LayerCall:
+    """One call of a layer with a rule."""
+
+    def __init__(self, rule: LayerRule, module: nn.Module, layer_input: Tensor, output: Tensor) -> None:
+        self.module = module
+        self.input_shape = layer_input.shape
+        self.output_edge: GradientEdge = get_gradient_edge(output)
+        self.input_edge: GradientEdge | None = get_gradient_edge(layer_input) if layer_input.requires_grad else None
+        self.parameters: dict[str, str] = {}  # the layer's own name -> the model's name
+        self._rule = rule
+        self._input: Tensor | None = layer_input
+        self._version = layer_input._version
+        self._training = module.training
+
+    def factors(self, output_grads: Tensor, names: Iterable[str]) -> Mapping[str, Factor]:
+        """What this call adds to the per-sample gradients of some of its parameters, by the layer's names for them.
+
+        Args:
+            output_grads: C gradients per sample at the call's output, shape [N, C, ...].
+            names: the layer's names of the parameters.
+
+        Returns:
+            name -> factor.
+
+        Raises:
+            RuntimeError: the input has been overwritten since, or the layer's mode was switched.
+        """
+        layer_input = self._input
+        if layer_input is None:
+            raise RuntimeError(
+                f"the input of a {type(self.module).__name__} is gone: it is kept until the pass is over; "
+                f"ask for factors during the backward pass."
+            )
+        if layer_input._version != self._version or self.module.training != self._training:
+            raise RuntimeError(
+                f"the input of a {type(self.module).__name__} was modified in place, or its mode was switched, after "
+                f"its call; both must stay until the backward pass is over: apply the in-place operation to a copy."
+            )
+        return factors_of_call(self._rule, self.module, layer_input, output_grads, tuple(names))
+
+    @property
+    def is_released(self) -> bool:
+        """Whether the input is gone, the call's share having been taken."""
+        return self._input is None
+
+    def release(self) -> None:
+        """Let go of the layer's input."""
+        self._input = None
+
+
+@dataclass(frozen=True)
+class ParameterUses:
+    """How a pass used the parameters.
+
+    Args:
+        calls: for each parameter that only layers with a rule used, their calls that the loss depends on.
+        other: parameters that were used in other ways, perhaps besides.
+        unused: parameters that the loss does not depend on.
+        last: calls that gradients have to reach so that they reach all: those before which no other call lies.
+    """
+
+    calls: dict[str, list[LayerCall]]
+    other: frozenset[str]
+    unused: frozenset[str]
+    last: tuple[LayerCall, ...]
+
+
+def watched_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers that have a rule and a trainable parameter of their own."""
+    return [
+        module
+        for module in model.modules()
+        if any(p is not None and p.requires_grad for p in module._parameters.values()) and rule_for(module)
+    ]
+
+
+class LayerCalls:
+    """Records the calls of layers with a rule during one forward pass.
+
+    Args:
+        names: id of each trainable parameter, as the layers hold it during the pass, -> its name.
+        on_output_grad: called with the call and the gradient at its output, as soon as that is known.
+    """
+
+    def __init__(self, names: Mapping[int, str], on_output_grad: OnOutputGrad | None = None) -> None:
+        self._names = names
+        self._on_output_grad = on_output_grad
+        self.recording = True
+        self.calls: list[LayerCall] = []
+
+    def on_call(self, module: nn.Module, layer_input: Tensor, output: Tensor) -> Callable[[Tensor], None] | None:
+        """To be given to a :class:`~torchgeom_optim.geometry.capture.Capture` of :func:`watched_layers`."""
+        if not self.recording:
+            return None
+        rule = rule_for(module)
+        if rule is None or not isinstance(layer_input, Tensor) or not rule.applies(module, layer_input):
+            return None
+        own = {name: module._parameters.get(name) for name in rule.parameters}
+        if any(getattr(module, name, None) is not p for name, p in own.items()):
+            return None  # computed from other parameters (parametrizations): the rule does not know how
+        trainable = {name: p for name, p in own.items() if p is not None and p.requires_grad}
+        if not trainable or any(id(p) not in self._names for p in trainable.values()):
+            return None
+        call = LayerCall(rule, module, layer_input, output)
+        call.parameters = {name: self._names[id(p)] for name, p in trainable.items()}
+        self.calls.append(call)
+        on_output_grad = self._on_output_grad
+        return None if on_output_grad is None else lambda output_grad: on_output_grad(call, output_grad)
+
+    def signature(self) -> _Signature:
+        """The sequence of layers and input shapes."""
+        return tuple((id(call.module), call.input_shape) for call in self.calls)
+
+    def keep_sample_first(self, model: nn.Module, args: Any, kwargs: Any, num_samples: int) -> None:
+        """Drop the calls whose input's axis 0 is not the samples.
+
+        The model is run on a batch of another size, once for every sequence of layers and shapes that it shows.
+
+        Args:
+            model: the model, as its own parameters' names are known.
+            args: positional arguments of the call that was recorded.
+            kwargs: its keyword arguments. Tensors of length N along axis 0 are taken to have the samples there.
+            num_samples: N.
+        """
+        signature = self.signature()
+        known = _sample_first.setdefault(model, {})
+        if signature not in known:
+            if len(known) >= _MAX_SIGNATURES:
+                known.clear()
+            known[signature] = _compare(signature, _probe(model, args, kwargs, num_samples), num_samples)
+        self.calls = [call for call, first in zip(self.calls, known[signature], strict=True) if first]
+
+    def resolve(self, roots: Iterable[Tensor], names: Iterable[str]) -> ParameterUses:
+        """Tell the parameters that only recorded calls used from the others.
+
+        Args:
+            roots: the loss, or all that the loss is computed from.
+            names: the trainable parameters.
+
+        Returns:
+            how each of them was used.
+        """
+        call_at = {call.output_edge.node: call for call in self.calls}
+        other: set[str] = set()
+        reached: list[LayerCall] = []
+        last: list[LayerCall] = []
+        has_call_below: dict[Node, bool] = {}
+        stack = [(get_gradient_edge(root).node, False) for root in roots if root.requires_grad]
+        while stack:
+            node, is_done = stack.pop()
+            call = call_at.get(node)
+            if call is None:
+                below = [below for below, _ in node.next_functions if below is not None]
+            else:
+                below = [call.input_edge.node] if call.input_edge is not None else []
+            if is_done:
+                has_call_below[node] = any(n in call_at or has_call_below[n] for n in below)
+                if call is not None and not has_call_below[node]:
+                    last.append(call)
+            elif node not in has_call_below:
+                has_call_below[node] = False
+                if call is not None:
+                    reached.append(call)
+                name = self._names.get(id(getattr(node, "variable", None)))
+                if name is not None:
+                    other.add(name)
+                stack.append((node, True))
+                stack.extend((n, False) for n in below)
+        calls: dict[str, list[LayerCall]] = {}
+        for call in reached:
+            for name in call.parameters.values():
+                if name not in other:
+                    calls.setdefault(name, []).append(call)
+        unused = frozenset(names) - other - calls.keys()
+        return ParameterUses(calls, frozenset(other), unused, tuple(last))
+
+
+def _probe(model: nn.Module, args: Any, kwargs: Any, num_samples: int) -> _Signature:
+    """The layers and shapes that the model shows on a batch of 2 samples, or of 3."""
+    size = 3 if num_samples == 2 else 2
+    rows = torch.arange(size) % num_samples
+
+    def resized(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == num_samples:
+            return leaf.detach().index_select(0, rows.to(leaf.device))
+        return leaf
+
+    args, kwargs = tree_map(resized, args), tree_map(resized, kwargs)
+    parameters = {name: p.detach().requires_grad_() for name, p in model.named_parameters() if p.requires_grad}
+    record = LayerCalls({id(p): name for name, p in parameters.items()})
+    capture = Capture(watched_layers(model), lambda *call: record.on_call(*call))
+    try:
+        with capture, torch.enable_grad(), without_trace(model, capture):
+            with_weights(model, parameters, dict(model.named_buffers()), lambda model: model(*args, **kwargs))
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"the model refused a batch of {size} samples, which tells along which axis its layers have the samples; "
+            f"it must take any number of samples along axis 0 of its tensors: see the error above."
+        ) from error
+    return record.signature()
+
+
+def _compare(signature: _Signature, probe: _Signature, num_samples: int) -> tuple[bool, ...]:
+    size = 3 if num_samples == 2 else 2
+    if [module for module, _ in signature] != [module for module, _ in probe]:
+        return (False,) * len(signature)  # another way through the model: nothing can be told
+    return tuple(
+        shape[0] == num_samples and other[0] == size and shape[1:] == other[1:]
+        for (_, shape), (_, other) in zip(signature, probe, strict=True)
+    )
