@@ -33,7 +33,7 @@ ARROWS = {
     "torchgeom_optim.diagnostics": CORE | {"torchgeom_optim.geometry", "torchgeom_optim._optional"},
     "torchgeom_optim.models": CORE | {"torchgeom_optim.geometry", "torchgeom_optim._optional"},
     "torchgeom_optim": {"torchgeom_optim.geometry", "torchgeom_optim.optimizers"},
-    "examples": CORE | {"torchgeom_optim", "tqdm"},
+    "examples": CORE | {"torchgeom_optim"},
     "benchmarks": None,  # stands above all but the tests
 }
 
