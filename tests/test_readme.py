@@ -1,0 +1,50 @@
+"""What the README says runs, and what it names exists."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_there_is_an_example_of_fifteen_lines_or_so():
+    assert BLOCKS
+    assert len(BLOCKS[0].splitlines()) <= 18
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=[f"block {k}" for k in range(1, len(BLOCKS) + 1)])
+def test_python_block_runs(block, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", block], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_files_and_targets_that_are_named_exist():
+    named = re.findall(r"`((?:torchgeom_optim|models|diagnostics|tests|examples|benchmarks|\.ci)/[\w./]*)`", README)
+    assert len(named) > 8
+    assert [path for path in named if not (ROOT / path).exists()] == []
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"\bmake (\w+)", "\n".join(re.findall(r"`(make [^`]*)`", README))):
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+
+
+def test_nothing_is_left_to_fill_in():
+    for path in ("README.md", "CHANGELOG.md", "benchmarks/README.md"):
+        assert "{{" not in re.sub(r"author = \{\{.*?\}\}", "", (ROOT / path).read_text(encoding="utf-8")), path
+
+
+def test_version_is_the_one_of_the_changelog():
+    version = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert version is not None
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"\n## [{version[1]}]" in changelog
+    assert "\n## [Unreleased]\n" in changelog
+    assert f"Version {version[1]}" in README
