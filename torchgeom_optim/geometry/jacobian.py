@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torchgeom_optim.geometry import jacobian_routes as routes
+from torchgeom_optim.geometry.factors import RowFactor
 from torchgeom_optim.geometry.heads import HeadName, LossFunction, head_values, needs_targets
+from torchgeom_optim.geometry.jacobian_gram import (
+    FactorStore,
+    Uses,
+    factor_bytes,
+    factors_agree,
+    gram_of_row_blocks,
+    layer_factors,
+    layers_with_rule,
+    sphere_basis,
+    sum_of_rows,
+    unit_basis,
+)
 from torchgeom_optim.geometry.jacobian_memory import JacobianMemoryError, MemoryPlan
 from torchgeom_optim.geometry.jacobian_routes import Weights
 from torchgeom_optim.geometry.mini_batches import MiniBatch, MiniBatches
 from torchgeom_optim.geometry.parameter_vectors import ParameterVectors, checked_columns
-from torchgeom_optim.geometry.private_evaluation import private_evaluation, with_weights
+from torchgeom_optim.geometry.sample_function import SampleFunction
 
 __all__ = ["Jacobian", "JacobianMemoryError", "TransposedJacobian"]
-
-R = TypeVar("R")
 
 
 class Jacobian:
@@ -100,25 +109,32 @@ class Jacobian:
         self.model = model
         self.of = of
         self.ways: dict[str, str] = {}
-        self._head = head_values(of, loss_fn, class_dim)
-        self._select = select
-        self._keep_modes = keep_modes
-        self.vectors = ParameterVectors(model, parameters, dtype)
-        with self._private():
-            self._data = MiniBatches(data, targets, needs_targets(of), self.vectors.device, dtype)
+        self.vectors = vectors = ParameterVectors(model, parameters, dtype)
         self._switches = routes.Switches(forward=False if _pads(model) else None)
-        self.num_samples = self._data.num_samples
-        self.num_outputs = -1  # not known yet
-        saved, self.num_outputs = self._probe()
+        self._f = SampleFunction(
+            model,
+            lambda: MiniBatches(data, targets, needs_targets(of), vectors.device, dtype),
+            vectors,
+            head_values(of, loss_fn, class_dim),
+            select,
+            keep_modes,
+        )
+        self.num_samples = self._f.data.num_samples
+        self.num_outputs = self._f.num_outputs
+        # Square roots of one distribution have length 2, of T positions 2 sqrt(T).
+        one_sphere = of == "sqrt_probabilities" and bool(self._f.first_values.norm() < 2.1)
+        self._basis = sphere_basis if one_sphere else unit_basis
+        self._by_rule: frozenset[str] | None = None
+        self._layers: list[nn.Module] = []
         self._plan = MemoryPlan(
             self.num_samples,
             self.num_outputs,
             self.vectors.size,
             self.dtype.itemsize,
-            saved,
+            self._f.saved_per_sample,
             memory_limit,
             batch_size,
-            self._data.largest,
+            self._f.data.largest,
             twice_backward=True,
         )
 
@@ -161,8 +177,8 @@ class Jacobian:
         for part in _slices(columns.shape[1], self._plan.vectors_at_once(columns.shape[1])):
             tangents = self.vectors.split(columns[:, part].T)
             k, row = part.stop - part.start, 0
-            for batch in self._parts(self._plan.samples_per_pass("product", k)):
-                with self._private():
+            for batch in self._f.parts(self._plan.samples_per_pass("product", k)):
+                with self._f.private():
                     block = self._push(batch, tangents)  # [k, b, C]
                 n = batch.size * self.num_outputs
                 result[row : row + n, part] = block.reshape(k, n).T
@@ -188,11 +204,11 @@ class Jacobian:
         result = columns.new_zeros(columns.shape[1], self.vectors.size)
         for part in _slices(columns.shape[1], self._plan.vectors_at_once(columns.shape[1])):
             k, row = part.stop - part.start, 0
-            for batch in self._parts(self._plan.samples_per_pass("transposed_product", k)):
+            for batch in self._f.parts(self._plan.samples_per_pass("transposed_product", k)):
                 n = batch.size * self.num_outputs
                 cotangents = columns[row : row + n, part].T.reshape(k, batch.size, self.num_outputs)
-                with self._private():
-                    values, function = self.vectors.values(), self._function(batch)
+                with self._f.private():
+                    values, function = self.vectors.values(), self._f.on(batch)
                     gradients = routes.pull_back(function, values, cotangents, self._switches)
                     self.vectors.write(gradients, result[part], add=True)
                 row += n
@@ -231,7 +247,9 @@ class Jacobian:
     def gram(self) -> Tensor:
         """J J', which has the nonzero eigenvalues of J'J. In units of f^2 / weight^2, without 1/N.
 
-        Rows are held for as many samples as ``memory_limit`` has room for, and computed again for the others.
+        Parameters that only layers with a rule use go through the layers' factors, which C backward passes over the
+        batch give for all samples; the others through rows. Where ``memory_limit`` has no room for the factors of all
+        samples, all go through rows, held for as many samples as there is room for and computed again for the others.
 
         Returns:
             [N C, N C], exactly symmetric.
@@ -239,24 +257,17 @@ class Jacobian:
         Raises:
             JacobianMemoryError: see ``memory_limit``.
         """
+        self._learn_rules()
         self._plan.allow("gram")
-        gram = torch.empty(self.shape[0], self.shape[0], dtype=self.dtype, device=self.vectors.device)
+        if self._plan.gram_by_factors():
+            return self._gram_by_factors()
         capacity = self._plan.samples_held() * self.num_outputs
-        start = 0
-        while start < self.shape[0]:
-            held: list[tuple[int, Tensor]] = []
-            row = room_until = start
-            for block in self._row_blocks(from_row=start):
-                if not held or (row == room_until and row + len(block) <= start + capacity):
-                    held.append((row, block))
-                    room_until = row + len(block)
-                for column, other in held:
-                    with self._private():  # the caller's autocast would round the product
-                        product = block @ other.T
-                    gram[column : column + len(other), row : row + len(block)] = product.T
-                    gram[row : row + len(block), column : column + len(other)] = product
-                row += len(block)
-            start = room_until
+        gram = gram_of_row_blocks(
+            self._row_blocks,
+            self.shape[0],
+            capacity,
+            lambda *shape: torch.empty(shape, dtype=self.dtype, device=self.vectors.device),
+        )
         self.ways["gram"] = "rows, " + ("held" if capacity >= self.shape[0] else "held in part and computed again")
         return gram
 
@@ -276,6 +287,8 @@ class Jacobian:
         Raises:
             ValueError: unknown operation.
         """
+        if operation == "gram":
+            self._learn_rules()
         return self._plan.predicted(operation, num_vectors)
 
     def __repr__(self) -> str:
@@ -283,58 +296,10 @@ class Jacobian:
 
     # How it is computed
 
-    def _private(self) -> AbstractContextManager[None]:
-        return private_evaluation(self.model, self._keep_modes)
-
-    def _parts(self, size: int) -> Iterator[MiniBatch]:
-        # The user's loader may draw random numbers whenever it is asked for the next batch, and only then.
-        parts = self._data.parts(size)
-        while True:
-            with self._private():
-                batch = next(parts, None)
-            if batch is None:
-                return
-            yield batch
-
-    def _function(self, batch: MiniBatch) -> routes.Function:
-        return lambda weights, then: self._call(batch, weights, then)
-
-    def _call(self, batch: MiniBatch, weights: Weights, then: Callable[[Tensor], R]) -> R:
-        """then(f of the mini-batch [b, C]) at these weights."""
-
-        def work(model: nn.Module) -> R:
-            values = self._head(self._tensor(batch.call(model), batch.size), batch.targets)
-            if self.num_outputs >= 0 and values.shape[1] != self.num_outputs:
-                raise ValueError(
-                    f"{values.shape[1]} outputs per sample in this mini-batch: the first had {self.num_outputs}, and "
-                    "every sample must have as many. Pad sequences to one length."
-                )
-            return then(values)
-
-        constants, buffers = self.vectors.constants()
-        return with_weights(self.model, {**constants, **weights}, buffers, work)
-
-    def _tensor(self, returned: Any, size: int) -> Tensor:
-        outputs: Tensor | Any = returned if self._select is None else self._select(returned)
-        if not isinstance(outputs, Tensor):
-            raise TypeError(
-                f"the model returned {type(outputs).__name__}: one tensor is needed. Pick it with select=, for example "
-                "select=lambda output: output[0]."
-            )
-        if size == 1 and (outputs.dim() == 0 or outputs.shape[0] != 1):
-            outputs = torch.unsqueeze(outputs, 0)  # squeezed away by the model
-        if outputs.dim() == 0 or len(outputs) != size:
-            raise ValueError(
-                f"output of shape {list(outputs.shape)} for {size} samples: its first axis must be the sample. "
-                "Wrap the model in a module that transposes."
-            )
-        result: Tensor = outputs
-        return result
-
     def _push(self, batch: MiniBatch, tangents: Weights) -> Tensor:
-        values, function = self.vectors.values(), self._function(batch)
+        values, function = self.vectors.values(), self._f.on(batch)
         if self._switches.forward is None:
-            few = self._function(batch.part(0, min(2, batch.size)))
+            few = self._f.on(batch.part(0, min(2, batch.size)))
             self._switches.forward = routes.forward_mode_agrees(few, values, self._switches)
             self._plan.twice_backward = not self._switches.forward
         if self._switches.forward:
@@ -357,54 +322,79 @@ class Jacobian:
 
     def _row_blocks(self, from_row: int = 0) -> Iterator[Tensor]:
         row = 0
-        for batch in self._parts(self._plan.samples_per_pass("rows")):
+        for batch in self._f.parts(self._plan.samples_per_pass("rows")):
             if row >= from_row:
-                with self._private():
-                    block = self._block(batch)
-                yield block
+                yield self._block(batch)
             row += batch.size * self.num_outputs
 
     def _block(self, batch: MiniBatch) -> Tensor:
-        values = self.vectors.values()
-        if self._switches.rows is None:
-            self._switches.rows = routes.rows_agree(self._function, batch.part(0, min(2, batch.size)), values)
-        gradients = routes.row_gradients(self._function, batch, values, self.num_outputs, self._switches)
+        """Rows [b C, P] of a mini-batch."""
+        self._learn_rules()
+        uses, _ = self._factors(batch, unit_basis)
         num_rows = batch.size * self.num_outputs
         block = torch.empty(num_rows, self.vectors.size, dtype=self.dtype, device=self.vectors.device)
-        self.vectors.write(gradients, block)
-        self.ways["rows"] = "samples batched by vmap" if self._switches.rows else "samples one by one"
+        with self._f.private(), torch.no_grad():
+            self.vectors.write({name: sum_of_rows(factors) for name, factors in uses.items()}, block)
         return block
 
-    def _probe(self) -> tuple[int, int]:
-        """Bytes that one sample's pass keeps, and C; refuses a model that has no Jacobian."""
-        with self._private():
-            batch = next(iter(self._data.parts(self._data.largest)))
-            two, one = batch.part(0, min(2, batch.size)), batch.part(0, 1)
-            values = self.vectors.values()
-            saved, alone = routes.saved_bytes(self._function(one), values)
-            states = _generator_states(self.vectors.device)
-            together = self._call(two, values, lambda f: f.detach())
-            drew = any(
-                not torch.equal(s, t) for s, t in zip(states, _generator_states(self.vectors.device), strict=True)
+    def _factors(self, batch: MiniBatch, basis: Callable[[Tensor], Tensor]) -> tuple[Uses, Tensor]:
+        """The rows of a mini-batch in a basis of its outputs: the layers' factors, and rows where there are none."""
+        values, function = self.vectors.values(), self._f.on(batch)
+        known: Uses = {}
+        if self._by_rule:
+            found, directions = layer_factors(
+                function, values, self._layers, self._f.private, basis, batch.size, self._switches
             )
-        if drew:
-            raise ValueError(
-                "the model drew random numbers in its forward pass: two passes would have two different Jacobians. "
-                "Leave keep_modes=False, which turns dropout off, or make the model deterministic."
-            )
-        if not bool(torch.isfinite(together).all()):
-            raise ValueError(
-                f"the {self.of} of the first samples are not finite: weights and data must give finite ones. Look "
-                "for nan "
-                "or huge values in both."
-            )
-        tolerance = 100 * math.sqrt(torch.finfo(alone.dtype).eps)
-        if not bool((alone[0] - together[0]).norm() <= tolerance * alone.norm()):
-            raise ValueError(
-                "the first sample's outputs depend on the other samples (batch norm with batch statistics?): its row "
-                "would depend on the mini-batch. Leave keep_modes=False, and give norm layers running statistics."
-            )
-        return saved, alone.shape[1]
+            known = {name: factors for name, factors in found.items() if name in self._by_rule}
+            if len(known) == len(values):
+                return known, directions
+        rest = {name: value for name, value in values.items() if name not in known}
+        with self._f.private():
+            directions = basis(self._f.on(batch)(values, lambda f: f.detach()))
+            if self._switches.rows is None:
+                few = batch.part(0, min(2, batch.size))
+                self._switches.rows = routes.rows_agree(self._f.on, few, rest)
+            rows = routes.row_gradients(self._f.on, batch, rest, self.num_outputs, self._switches)
+            across = directions.transpose(1, 2)
+            for name, row in rows.items():
+                row = row.reshape(batch.size, self.num_outputs, -1)
+                row = row if basis is unit_basis else torch.bmm(across.to(row.dtype), row)
+                known[name] = [RowFactor(row, self.vectors.shapes[name][1:].numel())]
+        self.ways["rows"] = "samples batched by vmap" if self._switches.rows else "samples one by one"
+        return {name: known[name] for name in values}, directions
+
+    def _learn_rules(self) -> None:
+        """Find out which parameters only layers with a rule use, by comparison with a plain backward pass."""
+        if self._by_rule is not None:
+            return
+        self._layers = layers_with_rule(self.model, self.vectors.shapes)
+        self._by_rule = frozenset()
+        if not self._layers:
+            return
+        batch = next(self._f.parts(min(2, self._f.data.largest)))
+        values, function = self.vectors.values(), self._f.on(batch)
+        uses, _ = layer_factors(function, values, self._layers, self._f.private, unit_basis, batch.size, self._switches)
+        generator = torch.Generator().manual_seed(0)
+        u = torch.randn(1, batch.size, self.num_outputs, generator=generator).to(self.vectors.device, self.dtype)
+        with self._f.private():
+            gradients = routes.pull_back(function, values, u, self._switches)
+        self._by_rule = frozenset(factors_agree(uses, gradients, u[0]))
+        if self._by_rule:
+            known = {name: factors for name, factors in uses.items() if name in self._by_rule}
+            rest = sum(shape.numel() for name, shape in self.vectors.shapes.items() if name not in known)
+            held, patches = factor_bytes(known, batch.size)
+            self._plan.factors = held + rest * self.num_outputs * self.dtype.itemsize, patches
+
+    def _gram_by_factors(self) -> Tensor:
+        store = FactorStore()
+        for batch in self._f.parts(self._plan.samples_per_pass("factors")):
+            store.add(*self._factors(batch, self._basis))
+        with self._f.private(), torch.no_grad():
+            gram = store.gram().to(self.dtype)
+        by_rule, number = len(self._by_rule or ()), len(self.vectors.shapes)
+        others = ", rows for the others" if by_rule < number else ""
+        self.ways["gram"] = f"layers' factors for {by_rule} of {number} parameters{others}"
+        return gram
 
 
 class TransposedJacobian:
@@ -427,13 +417,6 @@ def _pads(model: nn.Module) -> bool:
             "the other samples. Set the flag to False on the module."
         )
     return any(m.padding_idx is not None for m in embeddings)
-
-
-def _generator_states(device: torch.device) -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    if device.type not in ("cpu", "meta"):
-        states.append(torch.get_device_module(device).get_rng_state(device))
-    return states
 
 
 def _slices(length: int, step: int) -> list[slice]:

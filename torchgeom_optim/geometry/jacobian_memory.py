@@ -10,6 +10,7 @@ __all__ = ["JacobianMemoryError", "MemoryPlan"]
 # Larger mini-batches than this bring no speed on a CPU, whose caches they leave.
 _WORKING_BYTES = 2**28
 _VECTORS_AT_ONCE = 32
+_PIECE_BYTES = 2**26
 _ADVICE = {
     "product": "Take fewer vectors at once, or a smaller batch_size.",
     "transposed_product": "Take fewer vectors at once, or a smaller batch_size.",
@@ -49,6 +50,8 @@ class MemoryPlan:
         batch_size: the user's number of samples per pass, or None.
         largest: samples in the largest mini-batch that the data has.
         twice_backward: products by J keep the graph of a backward pass too.
+        factors: bytes per sample that J J' keeps of the layers' factors, and of the patches that it takes of one of
+            them; None if it goes through rows.
     """
 
     num_samples: int
@@ -60,6 +63,7 @@ class MemoryPlan:
     batch_size: int | None
     largest: int
     twice_backward: bool = False
+    factors: tuple[int, int] | None = None
 
     def allow(self, operation: str, num_vectors: int = 1) -> None:
         """Raise unless the operation keeps within the limit.
@@ -99,8 +103,22 @@ class MemoryPlan:
             return block
         if operation == "dense":
             return self.item * rows * size + block
+        if self.factors is not None and (needed := self._by_factors(self.factors)) <= self.limit:
+            return needed
         held = self.samples_held() * self.num_outputs * size * self.item
         return 2 * self.item * rows * rows + held + block
+
+    def gram_by_factors(self) -> bool:
+        """Whether J J' goes through the layers' factors: they are known, and there is room for those of all samples."""
+        return self.factors is not None and self._by_factors(self.factors) <= self.limit
+
+    def _by_factors(self, factors: tuple[int, int]) -> int:
+        rows = self.num_samples * self.num_outputs
+        # The products and their copies, two pieces of rows, the factors while they are joined, one pass.
+        pieces = 2 * min(_PIECE_BYTES, rows * self.num_weights * self.item)
+        kept, patches = factors
+        passes = self.samples_per_pass("factors") * self._per_sample("factors")
+        return 3 * self.item * rows * rows + pieces + self.num_samples * (2 * kept + patches) + passes
 
     def vectors_at_once(self, num_vectors: int) -> int:
         """Vectors that share a pass."""
@@ -123,6 +141,9 @@ class MemoryPlan:
         return max(at_least, min(self.num_samples, int(room // (self.item * self.num_outputs * size))))
 
     def _per_sample(self, operation: str, num_vectors: int = 1) -> int:
+        if operation == "factors":
+            kept = 0 if self.factors is None else self.factors[0]
+            return self.saved * (2 + 2 * self.num_outputs) + kept
         if operation == "rows":
             # Every output's cotangent at the widest layers, and each gradient by itself and in its block.
             return self.saved * (2 + self.num_outputs) + 2 * self.num_outputs * self.num_weights * self.item

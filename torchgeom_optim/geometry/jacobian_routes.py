@@ -7,12 +7,13 @@ then(values [b, C]), with the weights in place until ``then`` has returned.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from torchgeom_optim.geometry.mini_batches import MiniBatch, map_tensors, tensors_of
 
@@ -20,12 +21,14 @@ __all__ = [
     "Function",
     "Switches",
     "Weights",
+    "batched_gradients",
     "forward_mode_agrees",
     "pull_back",
     "push_forward",
     "push_through_backward",
     "row_gradients",
     "rows_agree",
+    "rows_match",
     "saved_bytes",
 ]
 
@@ -51,30 +54,46 @@ def pull_back(function: Function, values: Weights, cotangents: Tensor, switches:
 
 
 def _gradients(f: Tensor, leaves: Weights, cotangents: Tensor, switches: Switches) -> Weights:
-    inputs, k = list(leaves.values()), len(cotangents)
     if not f.requires_grad:
+        k = len(cotangents)
         return {name: torch.zeros(k, *x.shape, dtype=x.dtype, device=x.device) for name, x in leaves.items()}
-    cotangents = cotangents.to(f.dtype)
+    gradients = batched_gradients(f, list(leaves.values()), cotangents, switches)
+    return {
+        name: x.new_zeros(len(cotangents), *x.shape) if gradient is None else gradient
+        for (name, x), gradient in zip(leaves.items(), gradients, strict=True)
+    }
+
+
+def batched_gradients(
+    f: Tensor, inputs: Sequence[Tensor] | Sequence[GradientEdge], cotangents: Tensor, switches: Switches
+) -> list[Tensor | None]:
+    """Gradients of sum(u f) for each of the cotangents u [k, b, C]: one [k, *shape] for each input.
+
+    Args:
+        f: values [b, C] with their graph, which is used up.
+        inputs: leaves, or places in the graph.
+        cotangents: [k, b, C].
+        switches: told whether cotangents can be batched by vmap.
+
+    Returns:
+        In the order of the inputs; None for those that f does not depend on.
+    """
+    k, cotangents = len(cotangents), cotangents.to(f.dtype)
+    if not inputs:
+        return []
     if k > 1 and switches.batched_backward:
         try:
-            grads = torch.autograd.grad(
-                f,
-                inputs,
-                cotangents,
-                retain_graph=True,
-                is_grads_batched=True,
-                allow_unused=True,
-                materialize_grads=True,
+            return list(
+                torch.autograd.grad(f, inputs, cotangents, retain_graph=True, is_grads_batched=True, allow_unused=True)
             )
-            return dict(zip(leaves, grads, strict=True))
         except RuntimeError as error:  # vmap cannot follow; whatever else is wrong, the loop raises again
             _unless_out_of_memory(error)
             switches.batched_backward = False
     one_by_one = [
-        torch.autograd.grad(f, inputs, u, retain_graph=i < k - 1, allow_unused=True, materialize_grads=True)
-        for i, u in enumerate(cotangents)
+        torch.autograd.grad(f, inputs, u, retain_graph=i < k - 1, allow_unused=True) for i, u in enumerate(cotangents)
     ]
-    return {name: torch.stack([_dense(g[j]) for g in one_by_one]) for j, name in enumerate(leaves)}
+    columns = zip(*one_by_one, strict=True)
+    return [None if column[0] is None else torch.stack([_dense(g) for g in column]) for column in columns]
 
 
 def push_forward(function: Function, values: Weights, tangents: Weights, switches: Switches) -> Tensor:
@@ -208,13 +227,15 @@ def rows_agree(function_of: Callable[[MiniBatch], Function], batch: MiniBatch, v
     generator = torch.Generator().manual_seed(0)
     u = torch.randn(1, *first.shape[:2], generator=generator).to(first.device, first.dtype)
     pulled = pull_back(function_of(batch), values, u, Switches())
-    difference, size = [], []
-    for name, row in rows.items():
-        combined = torch.tensordot(u[0].to(row.dtype), row, 2)
-        difference.append((combined - _dense(pulled[name][0])).double().pow(2).sum())
-        size.append(row.double().pow(2).sum())
-    bound = _agreement(first.dtype) ** 2 * torch.stack(size).sum()
-    return bool(torch.stack(difference).sum() <= bound)
+    return all(
+        rows_match(torch.tensordot(u[0].to(row.dtype), row, 2), pulled[name][0], row) for name, row in rows.items()
+    )
+
+
+def rows_match(combined: Tensor, expected: Tensor, rows: Tensor) -> bool:
+    """Whether a combination of rows is the expected one, up to rounding relative to the rows."""
+    difference = (combined - _dense(expected)).double().norm()
+    return bool(difference <= _agreement(expected.dtype) * rows.double().norm())
 
 
 def saved_bytes(function: Function, values: Weights) -> tuple[int, Tensor]:

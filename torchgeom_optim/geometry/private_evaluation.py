@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from torchgeom_optim.geometry.capture import Capture
 from torchgeom_optim.geometry.pure_call import pure_call, without_trace
 
 __all__ = ["private_evaluation", "with_weights"]
@@ -55,24 +56,25 @@ def with_weights(
 
 
 @contextmanager
-def private_evaluation(model: nn.Module, keep_modes: bool = False) -> Iterator[None]:
+def private_evaluation(model: nn.Module, keep_modes: bool = False, *captures: Capture) -> Iterator[None]:
     """Inside, the model computes as in evaluation mode, differentiably, and nothing is left changed outside.
 
-    Grad mode is on and autocast off, whatever the caller's; captures do not see the pass; draws of random numbers are
-    undone, and so is what modules note in their attributes (an old-style spectral norm its weight).
-    Kernels that cannot be differentiated twice, or forward, or under vmap are left aside: fused attention, the
+    Grad mode is on and autocast off, whatever the caller's; captures do not see the pass but for those
+    given; draws of random numbers are undone, and so is what modules note in their attributes (an old-style
+    spectral norm its weight). Kernels that cannot be differentiated twice, or forward, or under vmap are left aside: fused attention, the
     transformer's inference path, cuDNN's and oneDNN's recurrent layers. A compiled model runs uncompiled.
 
     Args:
         model: the module. Its ``training`` flags are put back as they were, also after an exception.
         keep_modes: leave the flags as they are instead.
+        *captures: the captures that may see the pass.
     """
     modes = [(module, module.training) for module in model.modules()]
     attributes = [(module, dict(vars(module))) for module, _ in modes]
     fast_path = torch.backends.mha.get_fastpath_enabled()
     device = next((p.device.type for p in model.parameters()), "cpu")
     with ExitStack() as stack:
-        stack.enter_context(without_trace(model))
+        stack.enter_context(without_trace(model, *captures))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast(device, enabled=False))

@@ -1,0 +1,302 @@
+"""J J' from the rows of J, or from what the layers' gradients are made of, without rows where that is cheaper.
+
+For a parameter that only known layers use, the C gradients of every sample come from C backward passes over the batch,
+as factors (:mod:`torchgeom_optim.geometry.factors`); what is kept of them is the factors or the rows, whichever is
+smaller. With N samples, C outputs, T positions, n inputs and m outputs a product of two such sets costs
+
+    positions first    (N T)^2 (n + C^2 m)
+    gradients first    N C T m n  +  (N C)^2 m n * 5/8        (J J' is symmetric: blocks above the diagonal are copied)
+
+multiplications, and the cheaper is taken.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchgeom_optim.geometry.capture import Capture
+from torchgeom_optim.geometry.factors import Factor, OuterFactor, RowFactor, TokenFactor, inner_products
+from torchgeom_optim.geometry.jacobian_routes import Function, Switches, Weights, batched_gradients, rows_match
+from torchgeom_optim.geometry.layer_calls import LayerCalls
+from torchgeom_optim.geometry.layers import rule_for
+
+__all__ = [
+    "FactorStore",
+    "Uses",
+    "factor_bytes",
+    "factors_agree",
+    "gram_of_row_blocks",
+    "layer_factors",
+    "layers_with_rule",
+    "sphere_basis",
+    "sum_of_rows",
+    "unit_basis",
+]
+
+_PIECE_BYTES = 2**26
+_ROW_BLOCKS = 4
+Uses = dict[str, list[Factor]]
+
+
+def layers_with_rule(model: nn.Module, names: Iterable[str]) -> list[nn.Module]:
+    """The layers that have a rule and one of the named parameters."""
+    named = dict(model.named_parameters())
+    chosen = {id(named[name]) for name in names}
+    return [m for m in model.modules() if any(id(p) in chosen for p in m._parameters.values()) and rule_for(m)]
+
+
+def layer_factors(
+    function: Function,
+    values: Weights,
+    layers: Iterable[nn.Module],
+    private: Callable[[Capture], AbstractContextManager[None]],
+    basis: Callable[[Tensor], Tensor],
+    num_samples: int,
+    switches: Switches,
+) -> tuple[Uses, Tensor]:
+    """The rows of J, in a basis of the outputs, for each parameter that only layers with a rule used.
+
+    Args:
+        function: evaluates the mini-batch.
+        values: the weights.
+        layers: those to watch.
+        private: what the pass takes place in; only the capture that it is given sees it.
+        basis: from f [b, C] to the basis [b, C, K] of each sample's outputs.
+        num_samples: b.
+        switches: told whether cotangents can be batched.
+
+    Returns:
+        Name to one factor with K gradients per sample for each use; and the basis.
+    """
+    leaves = {name: value.detach().requires_grad_() for name, value in values.items()}
+    record = LayerCalls({id(leaf): name for name, leaf in leaves.items()})
+
+    def factors_of(f: Tensor) -> tuple[Uses, Tensor]:
+        directions = basis(f.detach())
+        if not f.requires_grad:
+            return {}, directions
+        # A call that sees something else than the samples first counts as another use of its parameters.
+        record.calls = [call for call in record.calls if call.input_shape[0] == num_samples]
+        uses: Uses = {name: [] for name in record.resolve([f], values).calls}
+        calls = [call for call in record.calls if any(name in uses for name in call.parameters.values())]
+        edges = [call.output_edge for call in calls]
+        grads = batched_gradients(f, edges, directions.permute(2, 0, 1), switches)
+        for call, grad in zip(calls, grads, strict=True):
+            own = [own for own, name in call.parameters.items() if name in uses]
+            if grad is not None:  # the calls that f does not depend on add nothing
+                for own_name, factor in call.factors(grad.transpose(0, 1), own).items():
+                    uses[call.parameters[own_name]].append(factor)
+            call.release()
+        return {name: factors for name, factors in uses.items() if factors}, directions
+
+    capture = Capture(layers, lambda *call: record.on_call(*call))
+    with capture, private(capture):
+        result: tuple[Uses, Tensor] = function(leaves, factors_of)
+    return result
+
+
+def factors_agree(uses: Uses, gradients: Weights, weights: Tensor) -> list[str]:
+    """The parameters whose factors add up to what one plain backward pass computes.
+
+    Args:
+        uses: factors of a few samples with C gradients each.
+        gradients: the gradient of sum(weights f) with respect to each parameter.
+        weights: [b, C], drawn at random: factors with another axis in the samples' place do not agree.
+
+    Returns:
+        Their names.
+    """
+    names = []
+    for name, factors in uses.items():
+        if any(factor.num_samples != len(weights) for factor in factors):
+            continue
+        rows = sum_of_rows(factors)
+        combined = torch.tensordot(weights.to(rows.dtype), rows, 2)
+        if rows_match(combined, gradients[name].reshape(-1), rows):
+            names.append(name)
+    return names
+
+
+def sum_of_rows(factors: Iterable[Factor], start: int = 0, stop: int | None = None) -> Tensor:
+    """All uses' rows with respect to ``parameter[start:stop]``, added.
+
+    Args:
+        factors: the uses, one at least.
+        start: first unit.
+        stop: unit after the last; None for all.
+
+    Returns:
+        [N, C, entries].
+    """
+    total, *others = (factor.rows(start, stop) for factor in factors)
+    for rows in others:
+        total = total + rows
+    return total
+
+
+def unit_basis(f: Tensor) -> Tensor:
+    """Every output by itself: [b, C, C]."""
+    return torch.eye(f.shape[1], dtype=f.dtype, device=f.device).expand(len(f), -1, -1)
+
+
+def sphere_basis(f: Tensor) -> Tensor:
+    """C - 1 orthonormal directions at right angles to f: [b, C, C - 1].
+
+    2 sqrt(p) keeps its length, so its derivatives lie in their span and J = R R'J: one backward pass in C is saved.
+    """
+    unit = f / f.norm(dim=1, keepdim=True)
+    # The Householder reflection that takes the first axis to -f/|f|; f >= 0, so nothing cancels.
+    reflector = unit.clone()
+    reflector[:, 0] += 1
+    scale = 2 / reflector.square().sum(1)
+    outer = reflector[:, :, None] * reflector[:, None, :] * scale[:, None, None]
+    return (unit_basis(f) - outer)[:, :, 1:]
+
+
+class FactorStore:
+    """The rows of J for all samples, parameter by parameter, in the smaller of two forms, and their inner products."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, list[list[Factor]]] = {}
+        self._bases: list[Tensor] = []
+
+    def add(self, uses: Mapping[str, list[Factor]], basis: Tensor) -> None:
+        """Take in a mini-batch."""
+        for name, factors in uses.items():
+            self._parts.setdefault(name, []).append(_compact(factors))
+        self._bases.append(basis)
+
+    def gram(self) -> Tensor:
+        """J J' [N C, N C] over all parameters taken in."""
+        basis = torch.cat(self._bases)
+        num_samples, num_outputs, num_directions = basis.shape
+        num_rows = num_samples * num_directions
+        lower = basis.new_zeros(num_rows, num_rows, dtype=torch.promote_types(basis.dtype, torch.float32))
+        while self._parts:
+            _, parts = self._parts.popitem()  # each parameter's factors go as soon as they are used
+            _add_inner_products(lower, _over_samples(parts))
+        gram = lower.tril_()
+        gram = gram + gram.tril(-1).T
+        if num_directions == num_outputs:
+            return gram
+        # K = R K' R', R block diagonal.
+        half = torch.bmm(basis.to(gram.dtype), gram.view(num_samples, num_directions, num_rows))
+        half = half.reshape(-1, num_rows).T.reshape(num_samples, num_directions, -1)
+        return torch.bmm(basis.to(gram.dtype), half).reshape(num_samples * num_outputs, -1)
+
+
+def factor_bytes(uses: Mapping[str, list[Factor]], num_samples: int) -> tuple[int, int]:
+    """Bytes per sample that a :class:`FactorStore` will hold, and of the largest parameter's patches."""
+    held, patches = 0, 0
+    for factors in uses.values():
+        compact = _compact(factors)
+        held += sum(_size(factor) for factor in compact)
+        outer = [f.as_outer() for f in compact if not isinstance(f, OuterFactor)]
+        patches = max(patches, sum(_size(f) for f in outer if f is not None))
+    return -(-held // num_samples), -(-patches // num_samples)
+
+
+def gram_of_row_blocks(
+    row_blocks: Callable[[int], Iterator[Tensor]], num_rows: int, capacity: int, empty: Callable[[int, int], Tensor]
+) -> Tensor:
+    """J J' from blocks of rows, of which ``capacity`` rows are held at once and the others computed again.
+
+    Args:
+        row_blocks: the blocks from a row on.
+        num_rows: N C.
+        capacity: rows to hold; one block is held in any case.
+        empty: makes the result.
+
+    Returns:
+        [N C, N C].
+    """
+    gram = empty(num_rows, num_rows)
+    start = 0
+    while start < num_rows:
+        held: list[tuple[int, Tensor]] = []
+        row = room_until = start
+        for block in row_blocks(start):
+            if not held or (row == room_until and row + len(block) <= start + capacity):
+                held.append((row, block))
+                room_until = row + len(block)
+            for column, other in held:
+                with torch.autocast(block.device.type, enabled=False):
+                    product = block @ other.T
+                gram[column : column + len(other), row : row + len(block)] = product.T
+                gram[row : row + len(block), column : column + len(other)] = product
+            row += len(block)
+        start = room_until
+    return gram
+
+
+def _compact(factors: list[Factor]) -> list[Factor]:
+    first = factors[0]
+    size = first.num_samples * first.num_grads * first.num_units * first.unit_numel * _item(first)
+    if all(isinstance(f, RowFactor) for f in factors) and len(factors) == 1:
+        return factors
+    if size <= sum(_size(f) for f in factors):
+        return [RowFactor(sum_of_rows(factors), first.unit_numel)]
+    return factors
+
+
+def _over_samples(parts: list[list[Factor]]) -> list[Factor]:
+    """The factors of all mini-batches as one per use."""
+    alike = {tuple((type(f), *_geometry(f)) for f in part) for part in parts}
+    if len(alike) > 1:  # shapes or uses that differ between mini-batches have only the rows in common
+        parts = [[RowFactor(sum_of_rows(part), part[0].unit_numel)] for part in parts]
+    joined = []
+    for same_use in zip(*parts, strict=True):
+        tensors = {name: torch.cat([getattr(f, name) for f in same_use]) for name in _tensors(same_use[0])}
+        joined.append(copy.copy(same_use[0]))
+        vars(joined[-1]).update(tensors)
+    return joined
+
+
+def _add_inner_products(lower: Tensor, uses: list[Factor]) -> None:
+    """Add <J_i, J_j> to the lower triangle (whatever lies above the diagonal is not used)."""
+    first = uses[0]
+    num_samples, num_grads = first.num_samples, first.num_grads
+    weight = first.num_units * first.unit_numel
+    outer = [use.as_outer() for use in uses]
+    products = [use for use in outer if use is not None]
+    positions = sum(use.inputs.shape[2] for use in products)
+    gradients_first = len(lower) * weight * (2 * positions + len(lower) * 5 / 8)
+    m, n = first.num_units, first.unit_numel
+    # One entry of a product over pairs of positions is worth some multiplications: it is bound by memory.
+    positions_first = (num_samples * positions) ** 2 * (n + num_grads**2 * (m + (32 if positions > 1 else 4)))
+    by_positions = len(products) == len(uses) and positions_first < gradients_first
+    if by_positions or (len(uses) == 1 and isinstance(first, TokenFactor)):
+        lower += inner_products(products if by_positions else uses).view_as(lower)
+        return
+    uses = [use if product is None else product for use, product in zip(uses, outer, strict=True)]
+    step = math.lcm(*(use.unit_step for use in uses))
+    size = max(1, _PIECE_BYTES // (len(lower) * n * step * lower.element_size())) * step
+    for start in range(0, m, size):
+        rows = sum_of_rows(uses, start, min(m, start + size)).reshape(len(lower), -1).to(lower.dtype)
+        for i in range(_ROW_BLOCKS):
+            top, bottom = i * len(lower) // _ROW_BLOCKS, (i + 1) * len(lower) // _ROW_BLOCKS
+            if bottom > top:
+                lower[top:bottom, :bottom].addmm_(rows[top:bottom], rows[:bottom].T)
+
+
+def _tensors(factor: Factor) -> dict[str, Tensor]:
+    return {name: value for name, value in vars(factor).items() if isinstance(value, Tensor)}
+
+
+def _geometry(factor: Factor) -> tuple[Any, ...]:
+    return tuple(value.shape[1:] if isinstance(value, Tensor) else value for value in vars(factor).values())
+
+
+def _size(factor: Factor) -> int:
+    return sum(x.numel() * x.element_size() for x in _tensors(factor).values())
+
+
+def _item(factor: Factor) -> int:
+    return max(x.element_size() for x in _tensors(factor).values() if x.is_floating_point())
