@@ -4,7 +4,7 @@
 Models whose samples would couple (batch statistics) or draw random numbers (dropout) do so after ``.train()``.
 """
 
-# ruff: noqa: D102, D105, D107  (what a network is stands at its class; its forward says the rest)
+
 
 from __future__ import annotations
 
@@ -34,6 +34,8 @@ class Case:
         with torch.random.fork_rng([]):
             torch.manual_seed(1)
             model = self.build().double().eval()
+            with torch.no_grad():
+                model(self.batch(2)[0])  # lazy layers take their shapes
             for module in model.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_var is not None:
                     module.running_mean.normal_(std=0.5)

@@ -14,7 +14,7 @@ sum; the contributions add up to the gradient of that sum. :attr:`GramResult.sta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -169,7 +169,9 @@ def per_sample_gram(
         if done.uses.other and not done.is_random:
             accumulator.add_formed(model, done.uses.other, loss_fn, Batch(inputs, targets), done.losses)
     reference = floating[0] if floating else next(model.parameters(), torch.empty(0))
-    return accumulator.result(num_samples, reference, done.uses, statistics, done.input_grads if of_inputs else None)
+    return accumulator.result(
+        num_samples, reference, leaves, done.uses, statistics, done.input_grads if of_inputs else None
+    )
 
 
 @dataclass(frozen=True)
@@ -210,12 +212,15 @@ class GramAccumulator:
                 self._add(name, self._collected.pop(name), "rule")
         call.release()
 
-    def finish(self) -> None:
-        """Take no more calls; those that no gradient came to add nothing."""
+    def finish(self, scale: float = 1.0) -> None:
+        """Take no more calls, those that no gradient came to adding nothing; take every gradient times ``scale``."""
         self._is_finished = True
         for name, factors in self._collected.items():
             self._add(name, factors, "rule")
         self._collected.clear()
+        if self._total is not None:
+            self._total *= scale**2
+        self._parts = {name: part * scale**2 for name, part in self._parts.items()}
 
     def add_rows(self, gradients: Mapping[str, Tensor], route: str) -> None:
         """Take in explicit gradients, name -> [N, *shape]."""
@@ -270,31 +275,30 @@ class GramAccumulator:
         self,
         num_samples: int,
         reference: Tensor,
+        names: Iterable[str],
         uses: ParameterUses,
         statistics: str,
         input_grads: list[Tensor] | None = None,
-        scale: float = 1.0,
     ) -> GramResult:
-        """All of it, every gradient taken times ``scale``; an empty sum has the device and dtype of ``reference``."""
+        """All of it, by the trainable parameters' ``names``; an empty sum has the device and dtype of ``reference``."""
         wide = torch.promote_types(reference.dtype if reference.is_floating_point() else torch.float32, torch.float32)
         zero = torch.zeros(num_samples, num_samples, dtype=wide, device=reference.device)
         of_inputs: Tensor | None = None
         if input_grads is not None:
             rows = [g.detach().to(torch.promote_types(g.dtype, torch.float32)).flatten(1) for g in input_grads]
-            of_inputs = scale**2 * sum((r @ r.T for r in rows), zero)
-        routes = {name: self.routes.get(name, "rule") for name in uses.calls} | self.routes
-        routes |= dict.fromkeys(uses.unused, "unused")
-        total = zero if self._total is None else self._total * scale**2
+            of_inputs = sum((r @ r.T for r in rows), zero)
+        routes = {name: "unused" if name in uses.unused else self.routes.get(name, "rule") for name in names}
+        total = zero if self._total is None else self._total
         parts = None
         if self.per_parameter:
-            parts = {name: self._parts[name] * scale**2 if name in self._parts else zero.clone() for name in routes}
+            parts = {name: self._parts.get(name, zero) for name in routes}
         return GramResult(total, of_inputs, parts, routes, statistics)
 
     def _add(self, name: str, factors: list[Factor], route: str) -> None:
         # In the precision and grad mode of our own, not in those that the backward pass runs in.
         with torch.no_grad(), torch.autocast(factors[0].device_type, enabled=False):
             share = inner_products(factors)[:, 0, :, 0]
-            self._total = share.clone() if self._total is None else self._total.add_(share)
+            self._total = share.clone() if self._total is None else self._total.add_(share.to(self._total.device))
         self.routes[name] = route
         if self.per_parameter:
             self._parts[name] = share

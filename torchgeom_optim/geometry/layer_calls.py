@@ -115,6 +115,19 @@ def watched_layers(model: nn.Module) -> list[nn.Module]:
     ]
 
 
+class _WhenGradArrives:
+    """What is set on a node of autograd's graph. It holds nothing that holds the node: no cycle keeps a graph alive."""
+
+    def __init__(self, record: LayerCalls, call: LayerCall) -> None:
+        self._record = weakref.ref(record)
+        self._call = weakref.ref(call)
+
+    def __call__(self, output_grad: Tensor) -> None:
+        record, call = self._record(), self._call()
+        if record is not None and call is not None:
+            record.on_output_grad(call, output_grad)
+
+
 class LayerCalls:
     """Records the calls of layers with a rule during one forward pass.
 
@@ -145,8 +158,12 @@ class LayerCalls:
         call = LayerCall(rule, module, layer_input, output)
         call.parameters = {name: self._names[id(p)] for name, p in trainable.items()}
         self.calls.append(call)
-        on_output_grad = self._on_output_grad
-        return None if on_output_grad is None else lambda output_grad: on_output_grad(call, output_grad)
+        return None if self._on_output_grad is None else _WhenGradArrives(self, call)
+
+    def on_output_grad(self, call: LayerCall, output_grad: Tensor) -> None:
+        """Pass on the gradient at a call's output."""
+        if self._on_output_grad is not None:
+            self._on_output_grad(call, output_grad)
 
     def signature(self) -> _Signature:
         """The sequence of layers and input shapes."""

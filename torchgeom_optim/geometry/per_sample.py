@@ -71,6 +71,11 @@ class Batch:
         """What the loss function returns for it."""
         return loss_fn(outputs) if self.targets is None else loss_fn(outputs, self.targets)
 
+    @classmethod
+    def of_call(cls, args: tuple[Any, ...], kwargs: dict[str, Any], targets: Any = None) -> Batch:
+        """The batch that a model was called with."""
+        return cls(kwargs if kwargs and not args else args, targets)
+
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The batch with every tensor changed."""
         return Batch(tree_map(change, self.inputs), None if self.targets is None else tree_map(change, self.targets))
