@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # A benchmark is a file that takes the options all benchmarks share.
-BENCHMARKS := $(filter-out harness,$(basename $(notdir $(shell grep -l "benchmark_parser(" benchmarks/*.py))))
+BENCHMARKS := $(filter-out harness,$(basename $(notdir $(shell grep -l benchmark_parser benchmarks/*.py))))
 
 .PHONY: help demo test check format benchmarks clean
 
