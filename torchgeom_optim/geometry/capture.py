@@ -91,7 +91,7 @@ def private_pass(*captures: Capture) -> Iterator[None]:
 
 
 def activations_are_not_kept() -> bool:
-    """Whether autograd at the moment packs what it saves (checkpointing, offloading): then nobody should hold on to it."""
+    """Whether autograd packs what it saves at the moment (checkpointing, offloading): then nobody should keep it."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
@@ -123,17 +123,32 @@ class _CallHook:
         layer_input = args[0] if args else next(iter(kwargs.values()))
         on_output_grad = on_call(module, layer_input, output)
         if on_output_grad is not None:
-            # Of the node that made the output: cheaper than a tensor hook, and in-place changes that follow do not matter.
-            node, place = output.grad_fn, output.output_nr
+            # Of the node that made the output: cheaper than a tensor hook, and later in-place changes do not matter.
+            # An in-place change of a view cuts the view's own node out of the graph: there it is that of its base.
+            source, shape = _unviewed(output), output.shape
+            node, place = source.grad_fn, source.output_nr
             if node is None:
                 output.register_hook(on_output_grad)
             else:
-                node.register_prehook(lambda grads: None if grads[place] is None else on_output_grad(grads[place]))
+
+                def before_node(grads: tuple[Tensor | None, ...]) -> None:
+                    if (grad := grads[place]) is not None:
+                        on_output_grad(grad.reshape(shape))
+
+                node.register_prehook(before_node)
 
 
 @torch.compiler.disable
 def _outside_of_graph(report: Callable[..., None], *args: Any) -> None:
     report(*args)
+
+
+def _unviewed(output: Tensor) -> Tensor:
+    """What the output is another shape of: linear layers fold leading axes, unbatched convolutions add one."""
+    base = output._base
+    if base is None or base.grad_fn is None or base.numel() != output.numel():
+        return output
+    return base if base.is_contiguous() and output.is_contiguous() else output
 
 
 def _nothing() -> None:
