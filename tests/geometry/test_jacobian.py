@@ -21,6 +21,7 @@ from tests.oracles import tolerance
 from tests.zoo import ZOO, Case
 from torchgeom_optim.geometry.capture import Capture
 from torchgeom_optim.geometry.jacobian import Jacobian, JacobianMemoryError
+from torchgeom_optim.geometry.jacobian_gram import sphere_basis
 
 HEADS = ["outputs", "loss", "log_probabilities", "sqrt_probabilities"]
 CLOSE = tolerance(condition=1e3)
@@ -119,6 +120,14 @@ def test_square_roots_of_probabilities_give_the_fisher_matrix() -> None:
     outputs = Jacobian(model, x).dense()
     with pytest.raises(AssertionError):
         torch.testing.assert_close(outputs.T @ outputs, fisher, **CLOSE)
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_the_directions_of_square_roots_of_probabilities(classes: int) -> None:
+    f = 2 * torch.softmax(torch.randn(4, classes).double() * 20, 1).sqrt()
+    R = sphere_basis(f)
+    torch.testing.assert_close(R.mT @ R, torch.eye(classes - 1).double().expand(4, -1, -1), **CLOSE)
+    torch.testing.assert_close(f[:, None] @ R, torch.zeros(4, 1, classes - 1).double(), **CLOSE)
 
 
 def test_square_roots_stay_finite_where_probabilities_underflow() -> None:

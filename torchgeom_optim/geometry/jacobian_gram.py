@@ -5,7 +5,7 @@ as factors (:mod:`torchgeom_optim.geometry.factors`); what is kept of them is th
 smaller. With N samples, C outputs, T positions, n inputs and m outputs a product of two such sets costs
 
     positions first    (N T)^2 (n + C^2 m)
-    gradients first    N C T m n  +  (N C)^2 m n * 5/8        (J J' is symmetric: blocks above the diagonal are copied)
+    gradients first    N C T m n  +  (N C)^2 m n * 9/16       (J J' is symmetric: blocks above the diagonal are copied)
 
 multiplications, and the cheaper is taken.
 """
@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 _PIECE_BYTES = 2**26
-_ROW_BLOCKS = 4
+_ROW_BLOCKS = 8
 Uses = dict[str, list[Factor]]
 
 
@@ -147,9 +147,16 @@ def unit_basis(f: Tensor) -> Tensor:
 
 
 def sphere_basis(f: Tensor) -> Tensor:
-    """C - 1 orthonormal directions at right angles to f: [b, C, C - 1].
+    """C - 1 orthonormal directions R at right angles to f.
 
-    2 sqrt(p) keeps its length, so its derivatives lie in their span and J = R R'J: one backward pass in C is saved.
+    2 sqrt(p) keeps its length, so its derivatives lie in their span and J = R R'J: one backward pass in C is saved, and
+    J J' is taken in the smaller space and carried back.
+
+    Args:
+        f: values >= 0, [b, C].
+
+    Returns:
+        [b, C, C - 1].
     """
     unit = f / f.norm(dim=1, keepdim=True)
     # The Householder reflection that takes the first axis to -f/|f|; f >= 0, so nothing cancels.
@@ -267,7 +274,7 @@ def _add_inner_products(lower: Tensor, uses: list[Factor]) -> None:
     outer = [use.as_outer() for use in uses]
     products = [use for use in outer if use is not None]
     positions = sum(use.inputs.shape[2] for use in products)
-    gradients_first = len(lower) * weight * (2 * positions + len(lower) * 5 / 8)
+    gradients_first = len(lower) * weight * (2 * positions + len(lower) * 9 / 16)
     m, n = first.num_units, first.unit_numel
     # One entry of a product over pairs of positions is worth some multiplications: it is bound by memory.
     positions_first = (num_samples * positions) ** 2 * (n + num_grads**2 * (m + (32 if positions > 1 else 4)))

@@ -247,7 +247,8 @@ def saved_bytes(function: Function, values: Weights) -> tuple[int, Tensor]:
     def note(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
         if storage.data_ptr() not in weights:
-            seen[storage.data_ptr()] = storage.nbytes()
+            # A view counts for itself: a mini-batch is a part of all the data.
+            seen[x.data_ptr()] = max(seen.get(x.data_ptr(), 0), min(storage.nbytes(), x.numel() * x.element_size()))
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(note, _same):

@@ -60,9 +60,10 @@ def private_evaluation(model: nn.Module, keep_modes: bool = False, *captures: Ca
     """Inside, the model computes as in evaluation mode, differentiably, and nothing is left changed outside.
 
     Grad mode is on and autocast off, whatever the caller's; captures do not see the pass but for those
-    given; draws of random numbers are undone, and so is what modules note in their attributes (an old-style
-    spectral norm its weight). Kernels that cannot be differentiated twice, or forward, or under vmap are left aside: fused attention, the
-    transformer's inference path, cuDNN's and oneDNN's recurrent layers. A compiled model runs uncompiled.
+    given; draws of random numbers are undone, and so is what modules note in their attributes (an old-style spectral
+    norm its weight). Kernels that cannot be differentiated twice, or forward, or under vmap are left aside: fused
+    attention, the transformer's inference path, cuDNN's and oneDNN's recurrent layers. A compiled model runs
+    uncompiled.
 
     Args:
         model: the module. Its ``training`` flags are put back as they were, also after an exception.
