@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Moments", "channel_moments", "one_hot_moments", "pooled_moments", "running_moments"]
+__all__ = ["Moments", "at_least_float32", "channel_moments", "one_hot_moments", "pooled_moments", "running_moments"]
 
-# More observations per channel than this do not sharpen an average over steps: positions of one sample are correlated.
-_ENOUGH_OBSERVATIONS = 8192
+# More observations per channel do not sharpen an average over steps: positions of one sample are correlated.
+_ENOUGH_OBSERVATIONS = 4096
 
 
 class Moments(NamedTuple):
@@ -32,11 +33,17 @@ class Moments(NamedTuple):
         return Moments(self.count, torch.zeros_like(self.mean), torch.addcmul(self.variance, self.mean, self.mean))
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """The tensor itself if it is in single precision or better, else a float32 copy."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
 def channel_moments(x: Tensor, channel_dim: int = -1) -> Moments:
     """Moments of every channel over all other axes, in float32 or better.
 
     Two passes (mean, then squared deviations), so that a mean far from zero costs no digits. Where there are more than
-    8192 observations per channel, every k-th index of the first axis of positions is taken (the same ones for all samples).
+    4096 observations per channel, every k-th position is taken, the same ones of every sample, with k prime to the last
+    axis of positions so that they spread over all rows and columns.
     Source: Lafond, Vasilache and Bottou 2017, §2.3 and App. B ("•": also over positions); the subsample is ours.
 
     Args:
@@ -51,22 +58,29 @@ def channel_moments(x: Tensor, channel_dim: int = -1) -> Moments:
         tensor([1., 0.])
     """
     x = x.detach()
+    if x.dim() < 3:
+        return _moments(at_least_float32(x.reshape(-1, x.shape[-1])), (0,))
     channel_dim %= x.dim()
-    n = x.shape[channel_dim]
-    stride = x.numel() // (n * _ENOUGH_OBSERVATIONS) if x.numel() else 0
-    if stride > 1 and x.dim() > 2:
-        axis = 2 if channel_dim == 1 else 1
-        x = x[(slice(None),) * axis + (slice((x.shape[axis] - 1) % stride // 2, None, stride),)]
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    n, num_samples = x.shape[channel_dim], len(x) if channel_dim > 0 else 1
+    stride = _position_stride(x.numel() // n, x.shape[-2 if channel_dim == x.dim() - 1 else -1])
     if x.stride(channel_dim) == 1:
-        x = x.movedim(channel_dim, -1).reshape(-1, n)  # a view also of a channels-last image
-        mean = x.mean(0)
-        variance = (x - mean).square_().mean(0)
-    else:
-        x = x.reshape(-1, n, x.shape[channel_dim + 1 :].numel())
-        mean = x.mean((0, 2))
-        variance = (x - mean[:, None]).square_().mean((0, 2))
-    return Moments(x.numel() // n, mean, variance)
+        x = x.movedim(channel_dim, -1).reshape(num_samples, -1, n)  # a view also of a channels-last image
+        return _moments(at_least_float32(x[:, ::stride].flatten(0, 1)), (0,))
+    x = x.reshape(num_samples, n, -1)
+    return _moments(at_least_float32(x[:, :, ::stride]), (0, 2))
+
+
+def _moments(x: Tensor, axes: tuple[int, ...]) -> Moments:
+    mean = x.mean(axes)
+    variance = (x - (mean if len(axes) == 1 else mean[:, None])).square_().mean(axes)
+    return Moments(x.numel() // max(len(mean), 1), mean, variance)
+
+
+def _position_stride(num_observations: int, width: int) -> int:
+    stride = num_observations // _ENOUGH_OBSERVATIONS
+    while stride > 1 and math.gcd(stride, width) > 1:
+        stride += 1
+    return max(stride, 1)
 
 
 def one_hot_moments(indices: Tensor, num_categories: int, dtype: torch.dtype) -> Moments:

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from torchgeom_optim.geometry.moments import Moments
+from torchgeom_optim.geometry.moments import Moments, at_least_float32
 
 __all__ = ["fan_in_scale", "guarded_second_moment", "precision", "reparametrized_gradient"]
 
@@ -46,28 +46,27 @@ def guarded_second_moment(running: Moments, batch: Moments) -> Tensor:
     return torch.maximum(running.variance, torch.addcmul(batch.variance, drift, drift))
 
 
-def precision(second_moment: Tensor, damping: float) -> Tensor:
-    r"""1 / (q_i + damping mean(q)): alpha^2 of the inputs of a layer, Eq. (5).
+def precision(second_moment: Tensor, floor: Tensor) -> Tensor:
+    r"""alpha_i^2 = 1 / (q_i + floor), Eq. (5).
 
-    The floor is relative to the layer, so that rescaling its inputs as a whole changes nothing, and keeps
-    constant inputs finite. The paper keeps its constants "in a suitable range" (§2.3) and does not say in which.
+    The paper keeps its constants "in a suitable range" (§2.3) and does not say in which. Our floor is a share of the
+    layer's mean of q, so that rescaling the inputs of a layer as a whole changes nothing.
 
     Args:
         second_moment: q, shape [n], not negative.
-        damping: the floor as a share of the layer's mean, dimensionless, in [0, inf).
+        floor: damping * mean(q), a scalar, or one number for each q. Vectors of several layers may be joined.
 
     Returns:
-        Positive and finite numbers, shape [n], units 1 / q.
+        Positive and finite numbers, shape [n], units 1 / q, also where q and floor are 0.
     """
-    tiny = torch.finfo(second_moment.dtype).tiny  # for a layer whose inputs are all zero
-    return torch.add(second_moment + tiny, second_moment.mean(), alpha=damping).reciprocal_()
+    return (second_moment + floor).add_(torch.finfo(second_moment.dtype).tiny).reciprocal_()
 
 
 def reparametrized_gradient(
     weight_grad: Tensor,
     bias_grad: Tensor | None,
     input_mean: Tensor | None,
-    input_scale: Tensor | None,
+    scale: Tensor | float,
     output_scale: Tensor | float,
     groups: int = 1,
 ) -> tuple[Tensor, Tensor | None]:
@@ -82,29 +81,45 @@ def reparametrized_gradient(
         weight_grad: W, shape [m, n / groups, *kernel].
         bias_grad: b, shape [m], or None; then nothing is centred.
         input_mean: mu, shape [n], or None for mu = 0.
-        input_scale: alpha^2, shape [n], or None for 1.
-        output_scale: beta^2, shape [m] or a number.
+        scale: alpha^2 beta^2, shape [n] or a number; alpha^2 alone if beta^2 differs between units.
+        output_scale: beta^2, a number, or shape [m] if it differs between units.
         groups: how many independent groups of units and inputs the layer has.
 
     Returns:
         dW and db (None without a bias gradient) in the dtype of the gradients; computed in float32 or better.
     """
-    dtype = torch.promote_types(weight_grad.dtype, torch.float32)
-    m, n = weight_grad.shape[:2]
-    gradient = weight_grad.to(dtype).reshape(m, n, -1)  # kernel positions last
-    beta_sq = output_scale[:, None, None] if isinstance(output_scale, Tensor) else output_scale
-    scale = beta_sq if input_scale is None else _per_unit(input_scale, m, groups)[..., None] * beta_sq
+    gradient = at_least_float32(weight_grad)
+    m, has_kernel = len(gradient), gradient.dim() > 2
+    if has_kernel:
+        gradient = gradient.reshape(m, gradient.shape[1], -1)
+    factor = _per_unit(scale, m, groups, has_kernel) if isinstance(scale, Tensor) else scale
+    if isinstance(output_scale, Tensor):
+        factor = factor * output_scale.view(m, *[1] * (gradient.dim() - 1))
     if bias_grad is None or input_mean is None:
-        bias_step = None if bias_grad is None else (bias_grad.to(dtype) * output_scale).to(bias_grad.dtype)
-        return (gradient * scale).view_as(weight_grad).to(weight_grad.dtype), bias_step
-    b, mu = bias_grad.to(dtype), _per_unit(input_mean, m, groups)
-    delta = torch.addcmul(gradient, b[:, None, None], mu[..., None], value=-1).mul_(scale)
-    summed = delta.sum(-1) if delta.shape[-1] > 1 else delta.squeeze(-1)
-    moved = summed.mv(mu) if groups == 1 else torch.linalg.vecdot(summed, mu)
-    db = (b * output_scale).sub_(moved)
-    return delta.view_as(weight_grad).to(weight_grad.dtype), db.to(bias_grad.dtype)
+        delta = gradient * factor
+        bias_step = None if bias_grad is None else (bias_grad * output_scale).to(bias_grad.dtype)
+    else:
+        b = at_least_float32(bias_grad)
+        if has_kernel:
+            mu = _per_unit(input_mean, m, groups, has_kernel)
+            delta = torch.addcmul(gradient, b.view(m, 1, 1), mu, value=-1).mul_(factor)
+            summed = delta.sum(-1)
+        else:
+            summed = delta = torch.addr(gradient, b, input_mean, alpha=-1).mul_(factor)
+        if groups > 1:
+            bias_step = b * output_scale - torch.linalg.vecdot(summed, mu.squeeze(-1))
+        elif isinstance(output_scale, Tensor):
+            bias_step = torch.addmv(b * output_scale, summed, input_mean, alpha=-1)
+        else:
+            bias_step = torch.addmv(b, summed, input_mean, beta=output_scale, alpha=-1)
+        bias_step = bias_step.to(bias_grad.dtype)
+    if has_kernel:
+        delta = delta.view(weight_grad.shape)
+    return delta.to(weight_grad.dtype), bias_step
 
 
-def _per_unit(values: Tensor, m: int, groups: int) -> Tensor:
-    """What unit j sees of values [n] of all inputs: themselves, or its group's, as [m, n / groups]."""
-    return values if groups == 1 else values.view(groups, -1).repeat_interleave(m // groups, 0)
+def _per_unit(values: Tensor, m: int, groups: int, has_kernel: bool) -> Tensor:
+    """What the units see of values [n] of all inputs, to broadcast against their weights."""
+    if groups > 1:
+        values = values.view(groups, -1).repeat_interleave(m // groups, 0)
+    return values.unsqueeze(-1) if has_kernel else values

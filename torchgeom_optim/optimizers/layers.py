@@ -129,14 +129,22 @@ class AffineLayer:
         self._backward_pass = backward_pass
         self.calls.append(call)
 
-    def batch_moments(self, *, centred: bool) -> Moments:
+    @property
+    def is_centred(self) -> bool:
+        """Whether there is a bias now to move the inputs' mean into."""
+        return self.bias is not None and self.bias.grad is not None and self.weight.grad is not None
+
+    def batch_moments(self) -> Moments:
         """Moments of this step's inputs, all calls pooled; about 0, with mean 0, if not centred."""
         batch = pooled_moments([call.moments for call in self.calls if call.moments is not None])
-        return batch if centred else batch.about_zero()
+        return batch if self.is_centred else batch.about_zero()
 
     def sharing(self) -> float:
         """At how many positions s a weight is applied, per sample."""
-        return sum(call.num_applications for call in self.calls) / sum(call.num_samples for call in self.calls)
+        calls = self.calls
+        if len(calls) == 1:
+            return calls[0].num_applications / calls[0].num_samples
+        return sum(call.num_applications for call in calls) / sum(call.num_samples for call in calls)
 
     def output_grad_sq(self, *, mean_reduction: bool) -> Tensor:
         """E[g_j^2] of this step; under mean reduction hooks deliver g / N, which is undone."""
@@ -154,16 +162,17 @@ class AffineLayer:
         weight_grad: Tensor | None,
         bias_grad: Tensor | None,
         input_mean: Tensor | None,
-        input_scale: Tensor | None,
+        scale: Tensor | float,
         output_scale: Tensor | float,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Eq. (3) for whichever of weight and bias has a gradient."""
+        """Eq. (3) for whichever of weight and bias has a gradient; arguments as of the function used."""
         if weight_grad is None:
             return None, None if bias_grad is None else (bias_grad * output_scale).to(bias_grad.dtype)
-        if self.is_embedding:
-            scale = output_scale if input_scale is None else input_scale[:, None] * output_scale
+        if self.is_embedding:  # the inputs stand in the rows, and there is no bias
+            scale = scale[:, None] if isinstance(scale, Tensor) else scale
+            scale = scale * output_scale if isinstance(output_scale, Tensor) else scale
             return (weight_grad * scale).to(weight_grad.dtype), None
-        return reparametrized_gradient(weight_grad, bias_grad, input_mean, input_scale, output_scale, self.groups)
+        return reparametrized_gradient(weight_grad, bias_grad, input_mean, scale, output_scale, self.groups)
 
 
 def find_affine_layers(

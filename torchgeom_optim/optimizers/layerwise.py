@@ -50,6 +50,7 @@ class LayerwiseOptimizer(Optimizer):
             )
         self._model = model
         self._layers: list[AffineLayer] = []
+        self._has_foreign_momentum = False
         self._check_group(defaults, "default")
         super().__init__(params, {**defaults, "state_version": _STATE_VERSION})
         self._watch_layers()
@@ -63,8 +64,8 @@ class LayerwiseOptimizer(Optimizer):
         """Whether the moments of a layer's inputs, and of its output gradients, are needed."""
 
     @abstractmethod
-    def _directions(self, layers: list[AffineLayer]) -> dict[Tensor, Tensor]:
-        """What SGD is given in place of the gradients of these layers' parameters; updates the statistics."""
+    def _directions(self, layers: list[AffineLayer]) -> dict[int, Tensor]:
+        """By the id of a parameter, what SGD is given in place of its gradient; updates the statistics."""
 
     # -- parameter groups and layers ----------------------------------------------------------------------------
 
@@ -223,12 +224,13 @@ class LayerwiseOptimizer(Optimizer):
                 "put its parameters into a group with rule='sgd'. Nothing was changed."
             )
 
-    def _descend(self, group: dict[str, Any], directions: Mapping[Tensor, Tensor]) -> None:
+    def _descend(self, group: dict[str, Any], directions: Mapping[int, Tensor]) -> None:
         """Let torch's own SGD take the step, along the directions in place of the gradients."""
         params = [p for p in group["params"] if p.grad is not None]
-        grads = [directions.get(p, p.grad) for p in params]
+        grads = [directions.get(id(p), p.grad) for p in params]
         momentum = group["momentum"]
-        buffers = [self.state[p].get("momentum_buffer") if momentum else None for p in params]
+        states = [self.state[p] for p in params] if momentum else []
+        buffers = [state.get("momentum_buffer") for state in states] if momentum else [None] * len(params)
         sgd(
             params,
             grads,
@@ -242,9 +244,8 @@ class LayerwiseOptimizer(Optimizer):
             nesterov=group["nesterov"],
             maximize=group["maximize"],
         )
-        if momentum:
-            for p, buffer in zip(params, buffers, strict=True):
-                self.state[p]["momentum_buffer"] = buffer
+        for state, buffer in zip(states, buffers, strict=False):
+            state["momentum_buffer"] = buffer
 
     # -- saving and copying --------------------------------------------------------------------------------------
 
@@ -310,5 +311,6 @@ class LayerwiseOptimizer(Optimizer):
         if not hasattr(self, "_layers"):
             self._layers = []
         self._watch_layers()
+        self._has_foreign_momentum = any("gradient_momentum" in values for values in self.state.values())
         for layer in self._layers:
             layer.calls = list(seen.get(layer.weight, layer.calls))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -152,72 +152,88 @@ class WhiteningSGD(LayerwiseOptimizer):
                 "needs a momentum and zero dampening. Try momentum=0.9, dampening=0."
             )
 
+    def _watch_layers(self) -> None:
+        self._constants: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
+        super()._watch_layers()
+
     def _wants(self, rule: str) -> tuple[bool, bool]:
         return rule in _WHITENED, rule == "whitening_second_order"
 
-    def _directions(self, layers: list[AffineLayer]) -> dict[Tensor, Tensor]:
-        directions: dict[Tensor, Tensor] = {}
-        second_moments = self._update_input_statistics(layers)
+    def _directions(self, layers: list[AffineLayer]) -> dict[int, Tensor]:
+        directions: dict[int, Tensor] = {}
+        beta_sq = {layer: self._output_scale(layer, self.state[layer.weight]) for layer in layers}
+        scales = self._update_input_statistics(layers, beta_sq)
         for layer in layers:
-            group, state = self._group_of[layer], self.state[layer.weight]
-            mean = alpha_sq = None
-            if layer in second_moments:
-                alpha_sq = precision(second_moments[layer], group["damping"])
-                mean = state["input_mean"] if _is_centred(layer) else None
-            beta_sq = self._output_scale(layer, group)
-            pair = (layer.weight, layer.bias)
-            # Momentum of a run with torch.optim.SGD averages gradients; from the first step on it is in our coordinates.
-            before = [None if p is None else self.state[p].pop("gradient_momentum", None) for p in pair]
-            for p, buffer in zip(pair, layer.reparametrize(*before, mean, alpha_sq, beta_sq), strict=True):
-                if p is not None and buffer is not None:
-                    self.state[p]["momentum_buffer"] = buffer
-            grads = [None if p is None else p.grad for p in pair]
-            for p, step in zip(pair, layer.reparametrize(*grads, mean, alpha_sq, beta_sq), strict=True):
-                if p is not None and step is not None:
-                    directions[p] = step
-            for bias in layer.free_biases:
-                if bias.grad is not None:
-                    directions[bias] = (bias.grad * beta_sq).to(bias.dtype)
+            weight, bias, output_scale = layer.weight, layer.bias, beta_sq[layer]
+            scale, mean = scales.get(layer, 1.0 if isinstance(output_scale, Tensor) else output_scale), None
+            if layer in scales and layer.is_centred:
+                mean = self.state[weight]["input_mean"]
+            if self._has_foreign_momentum:
+                self._take_over_momentum(layer, mean, scale, output_scale)
+            bias_grad = None if bias is None else bias.grad
+            weight_step, bias_step = layer.reparametrize(weight.grad, bias_grad, mean, scale, output_scale)
+            if weight_step is not None:
+                directions[id(weight)] = weight_step
+            if bias_step is not None:
+                directions[id(bias)] = bias_step
+            for free in layer.free_biases:
+                if free.grad is not None:
+                    directions[id(free)] = (free.grad * output_scale).to(free.dtype)
+        self._has_foreign_momentum = False
         return directions
 
-    def _update_input_statistics(self, layers: list[AffineLayer]) -> dict[AffineLayer, Tensor]:
-        """Take this step into the running averages; returns each layer's guarded second moments q.
+    def _update_input_statistics(
+        self, layers: list[AffineLayer], beta_sq: Mapping[AffineLayer, float | Tensor]
+    ) -> dict[AffineLayer, Tensor]:
+        """Take this step into the running averages, and compute alpha^2 (times beta^2, if a number) of whitened layers.
 
-        The vectors of all layers are joined, so that the number of operations does not grow with that of the layers.
+        The vectors of all layers are joined, so that the number of operations hardly grows with that of the layers.
         """
         alike: dict[tuple[Any, ...], list[tuple[AffineLayer, Moments, Moments]]] = defaultdict(list)
         for layer in layers:
             group, state = self._group_of[layer], self.state[layer.weight]
             if group["rule"] not in _WHITENED:
                 continue
-            centred = _is_centred(layer)
             past = None
             if "input_mean" in state:
                 past = Moments(0, state["input_mean"], state["input_variance"])
-                past = past if centred else past.about_zero()
-            batch = layer.batch_moments(centred=centred) if layer.calls else past  # or it sat this step out
-            assert batch is not None  # the step was refused
-            key = (group["decay"], batch.mean.dtype, batch.mean.device)
-            alike[key].append((layer, batch if past is None else past, batch))
-        second_moments: dict[AffineLayer, Tensor] = {}
-        for (decay, *_), rows in alike.items():
-            past, batch = (
-                Moments(0, torch.cat([row[k].mean for row in rows]), torch.cat([row[k].variance for row in rows]))
-                for k in (1, 2)
-            )
-            running = running_moments(past, batch, decay)
+                past = past if layer.is_centred else past.about_zero()
+            batch = layer.batch_moments() if layer.calls else past  # or it sat this step out
+            assert batch is not None  # else the step was refused
+            key = (group["decay"], group["damping"], batch.mean.dtype, batch.mean.device)
+            alike[key].append((layer, past or batch, batch))
+        scales: dict[AffineLayer, Tensor] = {}
+        for (decay, damping, dtype, device), rows in alike.items():
+            joined, pasts, batches = zip(*rows, strict=True)
+            sizes = tuple(layer.num_inputs for layer in joined)
+            factors = tuple(1.0 if isinstance(beta_sq[layer], Tensor) else beta_sq[layer] for layer in joined)
+            place, factor = self._joined_constants(sizes, factors, dtype, device)
+            batch = _joined(batches)
+            running = running_moments(_joined(pasts), batch, decay)
             q = guarded_second_moment(running, batch)
-            sizes = [layer.num_inputs for layer, *_ in rows]
-            for (layer, *_), *vectors in zip(
-                rows, running.mean.split(sizes), running.variance.split(sizes), q.split(sizes), strict=True
-            ):
+            floors = torch.stack([part.mean() for part in q.split(sizes)]) * damping
+            scale = precision(q, floors.index_select(0, place)).mul_(factor)
+            parts = (vector.split(sizes) for vector in (running.mean, running.variance, scale))
+            for layer, mean, variance, part in zip(joined, *parts, strict=True):
                 state = self.state[layer.weight]
-                state["input_mean"], state["input_variance"], second_moments[layer] = vectors
-        return second_moments
+                state["input_mean"], state["input_variance"], scales[layer] = mean, variance, part
+        return scales
 
-    def _output_scale(self, layer: AffineLayer, group: dict[str, Any]) -> float | Tensor:
+    def _joined_constants(
+        self, sizes: tuple[int, ...], factors: tuple[Any, ...], dtype: torch.dtype, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """For each entry of joined vectors, whose it is, and that one's factor; kept, as making them waits for the device."""
+        key = (sizes, factors, dtype, device)
+        if key not in self._constants:
+            lengths = torch.tensor(sizes)
+            place = torch.arange(len(sizes)).repeat_interleave(lengths)
+            factor = torch.tensor(factors, dtype=dtype).repeat_interleave(lengths)
+            self._constants[key] = (place.to(device), factor.to(device))
+        return self._constants[key]
+
+    def _output_scale(self, layer: AffineLayer, state: dict[str, Any]) -> float | Tensor:
         """beta^2, by Eq. (12) or Eq. (5)."""
-        state = self.state[layer.weight]
+        group = self._group_of[layer]
         if layer.calls:
             state["sharing"] = layer.sharing()
         if group["rule"] != "whitening_second_order":
@@ -225,9 +241,19 @@ class WhiteningSGD(LayerwiseOptimizer):
         if layer.calls:
             scale = self._loss_scale() if callable(self._loss_scale) else self._loss_scale
             now = layer.output_grad_sq(mean_reduction=self._loss_reduction == "mean") / scale**2
-            past = state.get("output_grad_sq", now)
-            state["output_grad_sq"] = torch.lerp(past, now, 1 - group["decay"])
-        return precision(state["output_grad_sq"], group["damping"]) / state["sharing"]
+            state["output_grad_sq"] = torch.lerp(state.get("output_grad_sq", now), now, 1 - group["decay"])
+        mean_sq = state["output_grad_sq"]
+        return precision(mean_sq, mean_sq.mean() * group["damping"]) / state["sharing"]
+
+    def _take_over_momentum(
+        self, layer: AffineLayer, mean: Tensor | None, scale: Tensor | float, output_scale: float | Tensor
+    ) -> None:
+        """Put momentum of a run with torch.optim.SGD, which averages gradients, into our coordinates."""
+        weight, bias = (None if p is None else self.state[p] for p in (layer.weight, layer.bias))
+        before = (None if state is None else state.pop("gradient_momentum", None) for state in (weight, bias))
+        for state, buffer in zip((weight, bias), layer.reparametrize(*before, mean, scale, output_scale), strict=True):
+            if state is not None and buffer is not None:
+                state["momentum_buffer"] = buffer
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything that a copy or a pickle needs."""
@@ -279,6 +305,5 @@ class WhiteningSGD(LayerwiseOptimizer):
         return folded
 
 
-def _is_centred(layer: AffineLayer) -> bool:
-    """Whether there is a bias to move the inputs' mean into."""
-    return layer.bias is not None and layer.bias.grad is not None and layer.weight.grad is not None
+def _joined(parts: Sequence[Moments]) -> Moments:
+    return Moments(0, torch.cat([part.mean for part in parts]), torch.cat([part.variance for part in parts]))
