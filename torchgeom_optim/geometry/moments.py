@@ -63,7 +63,7 @@ def channel_moments(x: Tensor, channel_dim: int = -1) -> Moments:
     channel_dim %= x.dim()
     n, num_samples = x.shape[channel_dim], len(x) if channel_dim > 0 else 1
     stride = _position_stride(x.numel() // n, x.shape[-2 if channel_dim == x.dim() - 1 else -1])
-    if x.stride(channel_dim) == 1:
+    if x.stride(channel_dim) == 1 or channel_dim > 1:
         x = x.movedim(channel_dim, -1).reshape(num_samples, -1, n)  # a view also of a channels-last image
         return _moments(at_least_float32(x[:, ::stride].flatten(0, 1)), (0,))
     x = x.reshape(num_samples, n, -1)
