@@ -56,7 +56,7 @@ class Capture:
         if owner is None:
             self._hook = _CallHook(lambda: on_call, weakref.ref(self))
         else:
-            self._hook = _CallHook(weakref.WeakMethod(on_call), weakref.ref(self))  # type: ignore[arg-type]
+            self._hook = _CallHook(weakref.WeakMethod(on_call), weakref.ref(self))
         for holder in (self, owner):
             if holder is not None:
                 weakref.finalize(holder, _remove, self._handles).atexit = False
@@ -128,7 +128,7 @@ class _CallHook:
             source, shape = _unviewed(output), output.shape
             node, place = source.grad_fn, source.output_nr
             if node is None:
-                output.register_hook(on_output_grad)
+                output.register_hook(on_output_grad)  # type: ignore[no-untyped-call]
             else:
 
                 def before_node(grads: tuple[Tensor | None, ...]) -> None:
@@ -138,7 +138,7 @@ class _CallHook:
                 node.register_prehook(before_node)
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _outside_of_graph(report: Callable[..., None], *args: Any) -> None:
     report(*args)
 

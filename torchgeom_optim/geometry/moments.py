@@ -108,6 +108,12 @@ def pooled_moments(parts: Sequence[Moments]) -> Moments:
         mu = sum_k c_k mu_k / c,    v = sum_k c_k (v_k + (mu_k - mu)^2) / c
 
     so that several calls of a layer (gradient accumulation, reuse) count like one call with all samples.
+
+    Args:
+        parts: at least one; counts c_k, means mu_k, variances v_k.
+
+    Returns:
+        Moments over c = sum_k c_k observations.
     """
     if len(parts) == 1:
         return parts[0]
@@ -125,7 +131,7 @@ def running_moments(past: Moments, batch: Moments, decay: float) -> Moments:
         mu' = lam mu + (1 - lam) m,    v' = lam v + (1 - lam) s + lam (1 - lam) (m - mu)^2
 
     with m, s mean and variance of the batch. Source: Lafond, Vasilache and Bottou 2017, §2.3; there mx2 is stored,
-    which loses the digits of the variance where the mean is large. The first batch initialises both (no bias towards 0).
+    which loses the digits of the variance where the mean is large. The first batch initialises both (no bias to 0).
 
     Args:
         past: the averages so far; before the first batch, the batch itself. Not modified.

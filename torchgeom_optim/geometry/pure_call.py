@@ -27,7 +27,7 @@ def pure_call(
 
     Args:
         model: the module, in the training or evaluation mode that it is in.
-        parameters: name to value, as in ``model.named_parameters()``; names left out keep their value and are constants.
+        parameters: name to value, as in ``model.named_parameters()``; names left out are constants.
         args: positional arguments of the model.
         buffers: values used in place of the model's own buffers; copies of them by default.
 

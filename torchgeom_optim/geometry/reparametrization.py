@@ -25,6 +25,9 @@ def fan_in_scale(fan_in: int, sharing: float) -> float:
     Args:
         fan_in: n, weights per output unit (a convolution: channels of a group times kernel positions).
         sharing: s, how often a weight is applied per sample, 1 for a linear layer.
+
+    Returns:
+        A positive number.
     """
     return 1.0 / math.sqrt(fan_in * sharing)
 

@@ -191,7 +191,7 @@ def find_affine_layers(
     owners: dict[Tensor, list[nn.Module]] = {}
     in_attention = set(_parts_of(m for m in model.modules() if isinstance(m, nn.MultiheadAttention)))
     for module in model.modules():
-        weight = module._parameters.get("weight") if isinstance(module, _KNOWN_LAYERS) else None
+        weight: Tensor | None = module._parameters.get("weight") if isinstance(module, _KNOWN_LAYERS) else None
         if weight is None:  # unknown, or parametrized: the optimized tensors are not the layer's weight
             continue
         reason = _why_not(module)

@@ -96,7 +96,7 @@ class LayerwiseOptimizer(Optimizer):
         """Find the layers of the model anew, keep what is known of them, and hook them."""
         calls = {layer.weight: layer.calls for layer in self._layers}
         self._group_of_parameter = {p: group for group in self.param_groups for p in group["params"]}
-        self._layers, self._refused = [], {}
+        self._layers, self._refused = [], dict[Tensor, str]()
         if self._model is not None:
             self._layers, self._refused = find_affine_layers(self._model, self._has_rule)
         for layer in self._layers:
@@ -108,9 +108,9 @@ class LayerwiseOptimizer(Optimizer):
             for layer in self._layers
         }
         self._open_calls: list[weakref.ref[LayerCall]] = []
-        if hasattr(self, "_capture"):
-            self._capture.close()
-        self._capture = Capture(self._layer_of, self._on_call)
+        if (capture := getattr(self, "_capture", None)) is not None:
+            capture.close()
+        self._capture: Capture = Capture(self._layer_of, self._on_call)
 
     def _has_rule(self, parameter: Tensor) -> bool:
         group = self._group_of_parameter.get(parameter)

@@ -34,15 +34,15 @@ class WhiteningSGD(LayerwiseOptimizer):
     so that momentum, dampening, Nesterov, weight decay and ``maximize`` do what they do in SGD on v (weight decay too:
     decaying v by a factor is decaying w by it). mu_i and 1/alpha_i^2 are running mean and variance of the inputs.
 
-    Source: Lafond, Vasilache and Bottou 2017, "Diagonal rescaling for neural networks", Eqs. (3), (5), (12), App. B and E.
+    Source: Lafond, Vasilache and Bottou 2017, "Diagonal rescaling for neural networks", Eqs. (3), (5), (12), App. B, E.
     What we changed: alpha_i^2 is bounded by the present batch too (drift guard) and floored by ``damping``, see
-    :func:`~torchgeom_optim.geometry.reparametrization.input_precision`; without a trainable bias mu = 0 and
-    alpha_i^2 = 1/E[x_i^2]; sums over the samples of several calls are pooled.
+    :mod:`torchgeom_optim.geometry.reparametrization`; without a trainable bias mu = 0 and alpha_i^2 = 1/E[x_i^2];
+    several calls of a layer in one step are pooled; of large inputs every k-th position is looked at.
 
     Learning rate: {LEARNING_RATE}
 
-    Three ways in: ``WhiteningSGD(model, lr)``; ``WhiteningSGD(groups, lr, model=model)`` with whatever parameter groups a
-    training script has; ``WhiteningSGD(params, lr)`` without a model, which is ``torch.optim.SGD`` exactly.
+    Three ways in: ``WhiteningSGD(model, lr)``; ``WhiteningSGD(groups, lr, model=model)`` with whatever parameter groups
+    a training script has; ``WhiteningSGD(params, lr)`` without a model, which is ``torch.optim.SGD`` exactly.
 
     Rules (``rule``, also a key of a parameter group; the group of a layer's weight decides for the layer):
 
@@ -55,10 +55,11 @@ class WhiteningSGD(LayerwiseOptimizer):
 
     n is the fan-in (convolution: channels of a group times kernel positions), s the number of positions at which a
     convolution applies its kernel, 1 for linear layers (positions of a sequence count as samples). Linear layers,
-    convolutions (1d to 3d, groups) and embeddings have a rule; everything else takes a plain SGD step. :meth:`report` says which.
+    convolutions (1d to 3d, groups) and embeddings have a rule; everything else takes a plain SGD step.
+    :meth:`report` says which parameter gets which.
 
-    Memory: two vectors of the length of a layer's input per layer (``"whitening_second_order"``: and one of its output),
-    in float32 or better, in ``state`` beside the weight.
+    Memory: two vectors of the length of a layer's input per layer (``"whitening_second_order"``: and one of its
+    output), in float32 or better, in ``state`` beside the weight.
 
     A call of a layer counts if a backward pass reaches its output, whatever ``training`` says. With a
     ``GradScaler`` a skipped step leaves the statistics as they were. Under ``torch.compile`` build the optimizer before
@@ -185,10 +186,8 @@ class WhiteningSGD(LayerwiseOptimizer):
     def _update_input_statistics(
         self, layers: list[AffineLayer], beta_sq: Mapping[AffineLayer, float | Tensor]
     ) -> dict[AffineLayer, Tensor]:
-        """Take this step into the running averages, and compute alpha^2 (times beta^2, if a number) of whitened layers.
-
-        The vectors of all layers are joined, so that the number of operations hardly grows with that of the layers.
-        """
+        """Take this step into the running averages; returns alpha^2 (times beta^2, if a number) of whitened layers."""
+        # The vectors of all layers are joined, so that the number of operations hardly grows with that of the layers.
         alike: dict[tuple[Any, ...], list[tuple[AffineLayer, Moments, Moments]]] = defaultdict(list)
         for layer in layers:
             group, state = self._group_of[layer], self.state[layer.weight]
@@ -211,9 +210,9 @@ class WhiteningSGD(LayerwiseOptimizer):
             batch = _joined(batches)
             running = running_moments(_joined(pasts), batch, decay)
             q = guarded_second_moment(running, batch)
-            floors = torch.stack([part.mean() for part in q.split(sizes)]) * damping
+            floors = torch.stack([part.mean() for part in torch.split(q, list(sizes))]) * damping
             scale = precision(q, floors.index_select(0, place)).mul_(factor)
-            parts = (vector.split(sizes) for vector in (running.mean, running.variance, scale))
+            parts = (torch.split(vector, list(sizes)) for vector in (running.mean, running.variance, scale))
             for layer, mean, variance, part in zip(joined, *parts, strict=True):
                 state = self.state[layer.weight]
                 state["input_mean"], state["input_variance"], scales[layer] = mean, variance, part
@@ -243,15 +242,16 @@ class WhiteningSGD(LayerwiseOptimizer):
             now = layer.output_grad_sq(mean_reduction=self._loss_reduction == "mean") / scale**2
             state["output_grad_sq"] = torch.lerp(state.get("output_grad_sq", now), now, 1 - group["decay"])
         mean_sq = state["output_grad_sq"]
-        return precision(mean_sq, mean_sq.mean() * group["damping"]) / state["sharing"]
+        return precision(mean_sq, mean_sq.mean() * group["damping"]) / float(state["sharing"])
 
     def _take_over_momentum(
         self, layer: AffineLayer, mean: Tensor | None, scale: Tensor | float, output_scale: float | Tensor
     ) -> None:
         """Put momentum of a run with torch.optim.SGD, which averages gradients, into our coordinates."""
         weight, bias = (None if p is None else self.state[p] for p in (layer.weight, layer.bias))
-        before = (None if state is None else state.pop("gradient_momentum", None) for state in (weight, bias))
-        for state, buffer in zip((weight, bias), layer.reparametrize(*before, mean, scale, output_scale), strict=True):
+        before = [None if state is None else state.pop("gradient_momentum", None) for state in (weight, bias)]
+        buffers = layer.reparametrize(before[0], before[1], mean, scale, output_scale)
+        for state, buffer in zip((weight, bias), buffers, strict=True):
             if state is not None and buffer is not None:
                 state["momentum_buffer"] = buffer
 
