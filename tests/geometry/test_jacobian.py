@@ -325,6 +325,8 @@ class Rounded(nn.Module):
             return y * self.fc.bias
         if self.kind == "checkpoint":
             return checkpoint(self.fc, torch.tanh(x), use_reentrant=False)
+        if self.kind == "reentrant":
+            return checkpoint(self.fc, torch.tanh(x).requires_grad_(), use_reentrant=True)
         return y
 
 
@@ -474,6 +476,23 @@ def test_autocast_of_the_caller_is_not_felt() -> None:
         torch.testing.assert_close(Jacobian(model, x.float()).gram(), expected, **tolerance(torch.float32, 10))
 
 
+def test_inference_mode_of_the_caller_is_not_felt() -> None:
+    model = small_mlp()
+    expected = Jacobian(model, data()[0]).dense()
+    with torch.inference_mode():
+        J = Jacobian(model, data()[0])
+        v, u = torch.randn(J.shape[1], 2).double(), torch.randn(J.shape[0], 2).double()
+        results = J @ v, J.T @ u, J.gram()
+    for got, wanted in zip(results, (expected @ v, expected.T @ u, expected @ expected.T), strict=True):
+        torch.testing.assert_close(got, wanted, **CLOSE)
+
+
+def test_a_compiled_model_runs_uncompiled() -> None:
+    model, (x, _) = small_mlp(), data()
+    compiled = torch.compile(model, backend="eager")
+    torch.testing.assert_close(Jacobian(compiled, x).dense(), Jacobian(model, x).dense(), rtol=0, atol=0)
+
+
 # Bad input
 
 
@@ -542,6 +561,8 @@ def test_models_without_a_jacobian_are_refused() -> None:
         Jacobian(small_mlp(), x, y, of="loss", loss_fn=lambda out, t: out)
     with pytest.raises(ValueError, match="scale_grad_by_freq"):
         Jacobian(nn.Embedding(3, 2, scale_grad_by_freq=True), torch.zeros(2, 1).long())
+    with pytest.raises(ValueError, match="use_reentrant=False"):
+        Jacobian(Rounded("reentrant").double(), x)
     infinite = small_mlp()
     nn.init.constant_(infinite[2].bias, math.inf)
     with pytest.raises(ValueError, match="not finite"):

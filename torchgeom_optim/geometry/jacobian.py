@@ -73,7 +73,7 @@ class Jacobian:
 
     Raises:
         ValueError: unknown head; missing or misplaced targets or loss; no parameter; no data; non-finite data or
-            outputs; random or coupled outputs; shapes that do not fit.
+            outputs; random or coupled outputs; reentrant checkpoints; shapes that do not fit.
         TypeError: the data can be gone through only once; the model's output is no tensor.
         JacobianMemoryError: raised by an operation, before it starts, that would need more than ``memory_limit``.
 
@@ -156,6 +156,7 @@ class Jacobian:
     def __matmul__(self, v: Tensor | Mapping[str, Tensor]) -> Tensor:
         return self.product(v)
 
+    @torch.inference_mode(False)
     def product(self, v: Tensor | Mapping[str, Tensor]) -> Tensor:
         """J v, the change of f to first order as the weights move by v.
 
@@ -185,6 +186,7 @@ class Jacobian:
                 row += n
         return result if v.dim() == 2 else result[:, 0]
 
+    @torch.inference_mode(False)
     def transposed_product(self, u: Tensor) -> Tensor:
         """J'u, the gradient with respect to the weights of sum(u f).
 
@@ -227,6 +229,7 @@ class Jacobian:
         self._plan.allow("rows")
         return self._row_blocks()
 
+    @torch.inference_mode(False)
     def dense(self) -> Tensor:
         """J as a matrix.
 
@@ -244,6 +247,7 @@ class Jacobian:
             row += len(block)
         return result
 
+    @torch.inference_mode(False)
     def gram(self) -> Tensor:
         """J J', which has the nonzero eigenvalues of J'J. In units of f^2 / weight^2, without 1/N.
 
@@ -327,6 +331,7 @@ class Jacobian:
                 yield self._block(batch)
             row += batch.size * self.num_outputs
 
+    @torch.inference_mode(False)
     def _block(self, batch: MiniBatch) -> Tensor:
         """Rows [b C, P] of a mini-batch."""
         self._learn_rules()

@@ -164,7 +164,8 @@ def sphere_basis(f: Tensor) -> Tensor:
     reflector[:, 0] += 1
     scale = 2 / reflector.square().sum(1)
     outer = reflector[:, :, None] * reflector[:, None, :] * scale[:, None, None]
-    return (unit_basis(f) - outer)[:, :, 1:]
+    basis: Tensor = unit_basis(f) - outer
+    return basis[:, :, 1:]
 
 
 class FactorStore:

@@ -239,7 +239,18 @@ def rows_match(combined: Tensor, expected: Tensor, rows: Tensor) -> bool:
 
 
 def saved_bytes(function: Function, values: Weights) -> tuple[int, Tensor]:
-    """Bytes that one differentiated pass keeps for its backward pass beside the weights, and the values it gave."""
+    """Bytes that one differentiated pass keeps for its backward pass beside the weights, and the values it gave.
+
+    Args:
+        function: evaluates the network.
+        values: the weights.
+
+    Returns:
+        Bytes; f.
+
+    Raises:
+        ValueError: the pass hides weights from autograd.
+    """
     leaves = {name: value.detach().requires_grad_() for name, value in values.items()}
     weights = {value.untyped_storage().data_ptr() for value in values.values()}
     seen: dict[int, int] = {}
@@ -253,7 +264,24 @@ def saved_bytes(function: Function, values: Weights) -> tuple[int, Tensor]:
 
     with torch.autograd.graph.saved_tensors_hooks(note, _same):
         f: Tensor = function(leaves, _same)
+    _refuse_reentrant_checkpoints(f)
     return sum(seen.values()), f.detach()
+
+
+def _refuse_reentrant_checkpoints(f: Tensor) -> None:
+    # They hide their weights from autograd.grad, which would take them for unused.
+    waiting, seen = [f.grad_fn], set[Any]()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "CheckpointFunctionBackward":
+            raise ValueError(
+                "the model uses activation checkpointing with use_reentrant=True, whose weights only backward() finds: "
+                "a Jacobian needs torch.autograd.grad. Call checkpoint(..., use_reentrant=False)."
+            )
+        waiting.extend(below for below, _ in node.next_functions)
 
 
 def _agreement(dtype: torch.dtype) -> float:

@@ -147,7 +147,8 @@ class MiniBatches:
 
     def _moved(self, x: Tensor) -> Tensor:
         dtype = self._dtype if x.is_floating_point() else None
-        return x.detach().to(device=self._device, dtype=dtype)
+        moved = x.detach().to(device=self._device, dtype=dtype)
+        return moved.clone() if moved.is_inference() else moved  # else autograd would refuse it
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], tree: Tree) -> Tree:

@@ -164,7 +164,8 @@ def checked_columns(v: Tensor, length: int, letters: str, dtype: torch.dtype, de
         )
     if not bool(torch.isfinite(v).all()):
         raise ValueError("the vector holds values that are not finite: every number must be. Look with torch.isfinite.")
-    return v.detach().to(device=device, dtype=dtype).reshape(length, -1)
+    v = v.clone() if v.is_inference() else v.detach()  # autograd would refuse what was made in inference mode
+    return v.to(device=device, dtype=dtype).reshape(length, -1)
 
 
 def _chosen(
