@@ -73,7 +73,7 @@ MOMENTA = (0.0, 0.9)
 # Chosen by --tune; no best value lies at the edge of the grid of learning rates.
 TUNED = {
     "digits": (Setting(torch.optim.SGD, 0.01, 0.9), Setting(WhiteningSGD, 0.1, 0.9)),
-    "mnist": (Setting(torch.optim.SGD, 0.1, 0.9), Setting(WhiteningSGD, 0.1, 0.9)),
+    "mnist": (Setting(torch.optim.SGD, 0.03, 0.9), Setting(WhiteningSGD, 0.03, 0.9)),
     "fashion-mnist": (Setting(torch.optim.SGD, 0.1, 0.9), Setting(WhiteningSGD, 0.1, 0.9)),
     "cifar10": (Setting(torch.optim.SGD, 0.1, 0.9), Setting(WhiteningSGD, 0.1, 0.9)),
 }
