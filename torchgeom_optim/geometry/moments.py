@@ -71,9 +71,12 @@ def channel_moments(x: Tensor, channel_dim: int = -1) -> Moments:
 
 
 def _moments(x: Tensor, axes: tuple[int, ...]) -> Moments:
+    """Of channels in axis 1; ``axes`` are the others."""
+    count = x.numel() // max(x.shape[1], 1)
+    if x.device.type in ("cpu", "cuda") and count > 0:  # one operation in place of the five below, equal in effect
+        return Moments(count, *torch.batch_norm_update_stats(x.contiguous(), None, None, 0.0))
     mean = x.mean(axes)
-    variance = (x - (mean if len(axes) == 1 else mean[:, None])).square_().mean(axes)
-    return Moments(x.numel() // max(len(mean), 1), mean, variance)
+    return Moments(count, mean, (x - (mean if x.dim() == 2 else mean[:, None])).square_().mean(axes))
 
 
 def _position_stride(num_observations: int, width: int) -> int:
