@@ -14,7 +14,7 @@ __all__ = ["check_choice", "check_flags", "check_range"]
 def check_range(
     group: Mapping[str, Any], name: str, where: str, *, low: float = 0.0, high: float = math.inf, hint: str
 ) -> None:
-    """Raise unless ``low <= group[name] < high``; NaN fails.
+    """Raise unless ``low <= group[name] < high``; NaN and infinities fail.
 
     Args:
         group: hyper-parameters by name.
@@ -34,7 +34,7 @@ def check_range(
             raise ValueError(f"{name} ({where}): got a tensor of shape {tuple(value.shape)}; need one element. {hint}")
     elif isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}={value!r} ({where}): got {type(value).__name__}; need a number. {hint}")
-    if not low <= float(value) < high:
+    if not (low <= float(value) < high and math.isfinite(value)):
         bracket = "(" if low == -math.inf else "["
         raise ValueError(f"{name}={float(value)} ({where}): must be in {bracket}{low:g}, {high:g}). {hint}")
 
