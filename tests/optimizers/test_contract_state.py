@@ -108,8 +108,8 @@ def test_checkpoint_of_another_model_is_refused_and_nothing_changes(case: Optimi
         optimizer.load_state_dict(foreign.state_dict())
     torch.testing.assert_close(tensors_of(optimizer.state_dict()), tensors_of(before), rtol=0, atol=0)
     assert optimizer.state_dict()["param_groups"] == before["param_groups"]
-    short = foreign.state_dict()
-    short["param_groups"][0]["params"] = short["param_groups"][0]["params"][:-1]
+    short = optimizer.state_dict()
+    short["param_groups"] = [{**short["param_groups"][0], "params": [0]}]
     with pytest.raises(ValueError, match="size of"):  # torch's own message
         optimizer.load_state_dict(short)
     train(ours, optimizer, [x])
