@@ -4,8 +4,6 @@
 Models whose samples would couple (batch statistics) or draw random numbers (dropout) do so after ``.train()``.
 """
 
-
-
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -79,22 +79,22 @@ class ConvolutionFactor(Factor):
         return math.prod(self.output_grads.shape[3:])
 
     def patches(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """What the kernel sees of channels ``start:stop`` of every group: [N, G, channels * kernel, T]."""
-        x = self.inputs
-        x = x.view(len(x), self.groups, -1, *x.shape[2:])[:, :, start:stop]
-        x = F.pad(x, [pad for p in reversed(self.padding) for pad in (p, p)])
-        positions = self.output_grads.shape[3:]
-        steps = x.stride()[3:]
+        """What the kernel sees of channels ``start:stop`` of every group: [N, G, T, kernel * channels]."""
+        axes = len(self.kernel_size)
+        x = self.inputs.view(self.num_samples, self.groups, -1, *self.inputs.shape[2:])[:, :, start:stop]
+        x = x.movedim(2, -1)  # channels last: short runs would slow the copy
+        x = F.pad(x, [0, 0, *(pad for p in reversed(self.padding) for pad in (p, p))]).contiguous()
+        positions, steps = self.output_grads.shape[3:], x.stride()[2 : 2 + axes]
         view = x.as_strided(
-            (*x.shape[:3], *self.kernel_size, *positions),
+            (*x.shape[:2], *positions, *self.kernel_size, x.shape[-1]),
             (
-                *x.stride()[:3],
-                *(d * step for d, step in zip(self.dilation, steps, strict=True)),
+                *x.stride()[:2],
                 *(s * step for s, step in zip(self.stride, steps, strict=True)),
+                *(d * step for d, step in zip(self.dilation, steps, strict=True)),
+                1,
             ),
-            x.storage_offset(),
         )
-        return view.reshape(*x.shape[:2], -1, self.num_positions)
+        return view.reshape(*x.shape[:2], self.num_positions, -1)
 
     def grads_by_group(self) -> Tensor:
         """Output gradients [N, C, G, m, T]."""
@@ -102,7 +102,9 @@ class ConvolutionFactor(Factor):
         return g.reshape(*g.shape[:2], self.groups, -1, self.num_positions)
 
     def as_outer(self) -> OuterFactor:  # noqa: D102
-        return OuterFactor(self.patches().transpose(2, 3), self.grads_by_group().transpose(3, 4))
+        patches = self.patches()  # in the weight's order, channels before kernel
+        patches = patches.view(*patches.shape[:3], math.prod(self.kernel_size), -1).transpose(3, 4).flatten(3)
+        return OuterFactor(patches, self.grads_by_group().transpose(3, 4))
 
     def rows(self, start: int = 0, stop: int | None = None) -> Tensor:  # noqa: D102
         return self.as_outer().rows(start, stop)
@@ -129,7 +131,7 @@ def _of_convolutions(left: ConvolutionFactor, right: ConvolutionFactor) -> Tenso
     of_pixels = left.num_samples * right.num_samples * pixels**2
     of_positions = num_rows * num_columns * positions**2
     pixels_first = of_pixels * channels + of_positions * (left.num_units + 100 * kernel)
-    fits = (of_pixels + 2 * of_positions) * left.inputs.element_size() <= 4 * WORKSPACE_BYTES
+    fits = (of_pixels + 2 * of_positions) * left.inputs.element_size() <= 8 * WORKSPACE_BYTES
     if same_geometry and fits and pixels_first < gradients_first:
         return _pixels_first(left, right)
     # Patches are kernel times the input: where they outweigh the gradients, a convolution of the gradients with the
@@ -167,7 +169,7 @@ def _channels_by_position(factor: ConvolutionFactor) -> Tensor:
 
 def _channel_rows(factor: ConvolutionFactor, grads: Tensor, start: int, stop: int) -> Tensor:
     """Gradients with respect to the weights of some input channels: [N * C, entries], in an order of its own."""
-    product = torch.bmm(grads, factor.patches(start, stop).flatten(0, 1).transpose(1, 2))
+    product = torch.bmm(grads, factor.patches(start, stop).flatten(0, 1))
     product = product.view(factor.num_samples, factor.groups, factor.num_grads, -1)
     return product.transpose(1, 2).reshape(factor.num_samples * factor.num_grads, -1)
 

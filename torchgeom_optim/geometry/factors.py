@@ -24,9 +24,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Factor", "OuterFactor", "RowFactor", "TokenFactor", "inner_products", "pieces", "through_rows"]
+__all__ = ["Factor", "OuterFactor", "RowFactor", "TokenFactor", "inner_products", "pieces", "through_rows", "with_bias"]
 
-WORKSPACE_BYTES = 16 * 2**20  # larger pieces were not faster: they leave the cache
+WORKSPACE_BYTES = 8 * 2**20  # larger pieces were not faster: they leave the cache
 
 
 class Factor(ABC):
@@ -166,6 +166,11 @@ class OuterFactor(Factor):
         product = torch.bmm(left, a.flatten(0, 1)).view(num_samples, num_groups, num_grads, -1)
         return product.transpose(1, 2).reshape(num_samples, num_grads, -1)
 
+    @property
+    def num_positions(self) -> int:
+        """G T, all positions of all groups."""
+        return self.inputs.shape[1] * self.inputs.shape[2]
+
     def as_outer(self) -> OuterFactor:  # noqa: D102
         return self
 
@@ -248,6 +253,14 @@ def inner_products(left: Sequence[Factor], right: Sequence[Factor] | None = None
     if one is None or other is None:
         return through_rows(left, left if right is None else right)
     return one.products(other)
+
+
+def with_bias(weight: OuterFactor) -> Tensor:
+    """Inner products of a weight's and its bias's gradients together, one position: (a . a' + 1)(g . g')."""
+    a, g = weight.inputs.flatten(1), weight.output_grads.flatten(2).flatten(0, 1)
+    of_inputs = (a @ a.T).add_(1)[:, None, :, None]
+    shape = (weight.num_samples, weight.num_grads) * 2
+    return (g @ g.T).view(shape).mul_(of_inputs)
 
 
 def _joined(uses: Sequence[Factor]) -> Factor | None:

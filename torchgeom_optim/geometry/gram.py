@@ -25,14 +25,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
 from torchgeom_optim.geometry.capture import Capture
-from torchgeom_optim.geometry.factors import Factor, RowFactor, inner_products
+from torchgeom_optim.geometry.factors import Factor, OuterFactor, RowFactor, inner_products, with_bias
 from torchgeom_optim.geometry.layer_calls import LayerCall, LayerCalls, ParameterUses, watched_layers
-from torchgeom_optim.geometry.layers import uses_batch_statistics
-from torchgeom_optim.geometry.per_sample import Batch, parameter_portions, per_sample_gradients
+from torchgeom_optim.geometry.layers import plain_arithmetic, uses_batch_statistics
+from torchgeom_optim.geometry.per_sample import Batch, parameter_portions, per_sample_gradients, tensors_of
 from torchgeom_optim.geometry.private_evaluation import with_weights
 from torchgeom_optim.geometry.pure_call import without_trace
 
-__all__ = ["GramAccumulator", "GramResult", "per_sample_gram", "random_state", "statistics_of"]
+__all__ = ["GramAccumulator", "GramResult", "is_advanced", "per_sample_gram", "random_state", "statistics_of"]
 
 _PORTION_BYTES = 2**27  # explicit per-sample gradients at a time, where there is no rule
 
@@ -109,40 +109,43 @@ def per_sample_gram(
     """
     batch = Batch(inputs, targets)
     num_samples = batch.num_samples
-    floating = [x for x in tree_leaves(inputs) if x.is_floating_point()]
+    floating = [x for x in tensors_of(inputs) if x.is_floating_point()]
     if of_inputs and not floating:
         dtypes = [str(x.dtype) for x in tree_leaves(inputs)]
         raise ValueError(
             f"of_inputs=True with inputs of {', '.join(dtypes)}: gradients need floating point inputs; "
             f"pass what the tokens are embedded to, or of_inputs=False."
         )
-    leaves = {name: p.detach().requires_grad_() for name, p in model.named_parameters() if p.requires_grad}
+    modules = list(model.modules())
+    buffers = dict(model.named_buffers())
+    leaves, are_aliases = _leaves(model)
     if of_inputs:
         batch = Batch(tree_map(_differentiable, inputs), targets)
     accumulator = GramAccumulator(per_parameter)
     record = LayerCalls({id(p): name for name, p in leaves.items()}, accumulator.on_output_grad)
-    capture = Capture(watched_layers(model), lambda *call: record.on_call(*call))
+    capture = Capture(watched_layers(modules), lambda *call: record.on_call(*call))
+
+    devices = {p.device for p in leaves.values()} | {x.device for x in tensors_of(inputs)}
 
     def work(model_with_leaves: nn.Module) -> _Pass:
-        before = random_state(model)
+        before = random_state(devices)
         outputs = batch.outputs(model_with_leaves)
-        is_random = any(not torch.equal(a, b) for a, b in zip(before, random_state(model), strict=True))
         record.recording = False
         record.keep_sample_first(model, batch.args, batch.kwargs, num_samples)
         losses = batch.loss(loss_fn, outputs)
         scale = _scale(losses, loss_fn, reduction, num_samples)
         uses = record.resolve([losses], leaves)
         accumulator.uses = uses
-        _refuse_coupled(model, uses.other)
+        is_random = bool(uses.other) and is_advanced(before, devices)
+        if statistics == "batch":
+            _refuse_coupled(uses.other)
         ends: list[Any] = [call.output_edge for call in uses.last]
         if of_inputs:
             ends += [x for x in tree_leaves(batch.inputs) if x.requires_grad]
         input_grads: list[Tensor] = []
         if ends:
             seed = torch.full_like(losses, scale)
-            grads = torch.autograd.grad(
-                losses, ends, seed, retain_graph=is_random and bool(uses.other), allow_unused=True
-            )
+            grads = torch.autograd.grad(losses, ends, seed, retain_graph=is_random, allow_unused=True)
             # Where the pass ends, autograd hands the gradients over without running the node that a hook is set on.
             for call, grad in zip(uses.last, grads, strict=False):
                 if grad is not None:
@@ -152,20 +155,23 @@ def per_sample_gram(
                 for x, g in zip(ends[len(uses.last) :], grads[len(uses.last) :], strict=True)
             ]
         accumulator.finish()
-        if is_random and uses.other:
+        if is_random:
             own = {name: leaves[name] for name in leaves if name in uses.other}
             accumulator.add_rows(_through_one_graph(own, loss_fn, batch, outputs, losses), "loop")
         return _Pass(uses, losses.detach() * scale, is_random, input_grads)
 
     with ExitStack() as stack:
+        stack.enter_context(_attributes_kept(modules))
         stack.enter_context(capture)
         stack.enter_context(torch.enable_grad())
         stack.enter_context(without_trace(model, capture))
-        stack.enter_context(_uncompiled(model))
+        if any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None for m in modules):
+            # Compiled code would not call hooks that were set after it was compiled.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         if freeze_statistics:
             stack.enter_context(_frozen_statistics(model))
-        statistics = statistics_of(model)
-        done = with_weights(model, leaves, dict(model.named_buffers()), work)
+        statistics = statistics_of(modules)
+        done = with_weights(model, leaves, buffers, work) if buffers or are_aliases else work(model)
         if done.uses.other and not done.is_random:
             accumulator.add_formed(model, done.uses.other, loss_fn, Batch(inputs, targets), done.losses)
     reference = floating[0] if floating else next(model.parameters(), torch.empty(0))
@@ -203,8 +209,23 @@ class GramAccumulator:
         """Take in one call of a layer."""
         if self.uses is None or self._is_finished or call.is_released:
             return
-        names = [own for own, name in call.parameters.items() if name in self.uses.calls]
-        for own, factor in call.factors(output_grad.unsqueeze(1), names).items():
+        calls = self.uses.calls
+        names = [own for own, name in call.parameters.items() if name in calls]
+        factors = dict(call.factors(output_grad.unsqueeze(1), names))
+        weight, bias = factors.get("weight"), factors.get("bias")
+        if (
+            isinstance(weight, OuterFactor)
+            and isinstance(bias, RowFactor)
+            and weight.num_positions == 1
+            and not self.per_parameter
+            and all(len(calls[call.parameters[own]]) == 1 for own in ("weight", "bias"))
+        ):
+            # One product of the output gradients serves both.
+            with plain_arithmetic(weight.device_type):
+                self._add_share(call.parameters["weight"], with_bias(weight), "rule")
+            self.routes[call.parameters["bias"]] = "rule"
+            factors = {}
+        for own, factor in factors.items():
             name = call.parameters[own]
             collected = self._collected.setdefault(name, [])
             collected.append(factor)
@@ -281,13 +302,15 @@ class GramAccumulator:
         input_grads: list[Tensor] | None = None,
     ) -> GramResult:
         """All of it, by the trainable parameters' ``names``; an empty sum has the device and dtype of ``reference``."""
+        routes = {name: "unused" if name in uses.unused else self.routes.get(name, "rule") for name in names}
+        if self._total is not None and input_grads is None and not self.per_parameter:
+            return GramResult(self._total, None, None, routes, statistics)
         wide = torch.promote_types(reference.dtype if reference.is_floating_point() else torch.float32, torch.float32)
         zero = torch.zeros(num_samples, num_samples, dtype=wide, device=reference.device)
         of_inputs: Tensor | None = None
         if input_grads is not None:
             rows = [g.detach().to(torch.promote_types(g.dtype, torch.float32)).flatten(1) for g in input_grads]
             of_inputs = sum((r @ r.T for r in rows), zero)
-        routes = {name: "unused" if name in uses.unused else self.routes.get(name, "rule") for name in names}
         total = zero if self._total is None else self._total
         parts = None
         if self.per_parameter:
@@ -295,30 +318,45 @@ class GramAccumulator:
         return GramResult(total, of_inputs, parts, routes, statistics)
 
     def _add(self, name: str, factors: list[Factor], route: str) -> None:
-        # In the precision and grad mode of our own, not in those that the backward pass runs in.
-        with torch.no_grad(), torch.autocast(factors[0].device_type, enabled=False):
-            share = inner_products(factors)[:, 0, :, 0]
-            self._total = share.clone() if self._total is None else self._total.add_(share.to(self._total.device))
-        self.routes[name] = route
+        with plain_arithmetic(factors[0].device_type):
+            self._add_share(name, inner_products(factors), route)
+
+    def _add_share(self, name: str, share: Tensor, route: str) -> None:
+        share = share[:, 0, :, 0]
         if self.per_parameter:
-            self._parts[name] = share
+            self._parts[name] = share.clone()
+        self._total = share if self._total is None else self._total.add_(share.to(self._total.device))
+        self.routes[name] = route
 
 
-def statistics_of(model: nn.Module) -> str:
+def statistics_of(modules: Iterable[nn.Module]) -> str:
     """``"none"``, ``"frozen"`` or ``"batch"``: what the layers that can normalize over the batch do at present."""
-    layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    layers = [module for module in modules if isinstance(module, _BatchNorm)]
     if any(uses_batch_statistics(layer) for layer in layers):
         return "batch"
     return "frozen" if layers else "none"
 
 
-def random_state(model: nn.Module) -> list[Tensor]:
-    """State of the generators that the model's devices draw from."""
-    states = [torch.get_rng_state()]
-    for device in {p.device for p in model.parameters()}:
+def random_state(devices: Iterable[torch.device]) -> dict[str, Tensor]:
+    """State of the generators of some devices, and of the CPU's."""
+    states = {"cpu": torch.get_rng_state()}
+    for device in devices:
         if device.type not in ("cpu", "meta"):
-            states.append(torch.get_device_module(device).get_rng_state(device))
+            states[str(device)] = torch.get_device_module(device).get_rng_state(device)
     return states
+
+
+def is_advanced(before: Mapping[str, Tensor], devices: Iterable[torch.device]) -> bool:
+    """Whether one of the generators has been drawn from since."""
+    return any(not torch.equal(state, before[name]) for name, state in random_state(devices).items())
+
+
+def _leaves(model: nn.Module) -> tuple[dict[str, Tensor], bool]:
+    """The trainable parameters; aliases of them where the user's hooks would feel that they are differentiated."""
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in trainable.values()):
+        return {name: p.detach().requires_grad_() for name, p in trainable.items()}, True
+    return dict(trainable), False
 
 
 def _differentiable(x: Tensor) -> Tensor:
@@ -345,8 +383,8 @@ def _scale(losses: Tensor, loss_fn: object, reduction: str | None, num_samples: 
     )
 
 
-def _refuse_coupled(model: nn.Module, without_rule: frozenset[str]) -> None:
-    if without_rule and statistics_of(model) == "batch":
+def _refuse_coupled(without_rule: frozenset[str]) -> None:
+    if without_rule:
         raise ValueError(
             f"{sorted(without_rule)} have no layer rule, and batch normalization uses the batch's statistics: a "
             f"sample's gradient does not exist; pass freeze_statistics=True, or set those layers to evaluation mode."
@@ -392,11 +430,16 @@ def _frozen_statistics(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _uncompiled(model: nn.Module) -> Iterator[None]:
-    """Compiled code would not call hooks that were set after it was compiled."""
-    modules = model.modules()
-    if any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None for m in modules):
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    else:
+def _attributes_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """What modules note in their attributes (an old-style weight norm its weight, with our graph) is put back."""
+    attributes = [
+        (vars(module), dict(vars(module)))
+        for module in modules
+        if module._forward_pre_hooks or module._forward_hooks or not type(module).__module__.startswith("torch.nn.")
+    ]
+    try:
         yield
+    finally:
+        for present, kept in attributes:
+            present.clear()
+            present.update(kept)

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from torchgeom_optim.geometry.capture import Capture, _in_functional_transform, _private_captures
-from torchgeom_optim.geometry.gram import GramAccumulator, GramResult, random_state, statistics_of
+from torchgeom_optim.geometry.gram import GramAccumulator, GramResult, is_advanced, random_state, statistics_of
 from torchgeom_optim.geometry.layer_calls import LayerCall, LayerCalls, ParameterUses, watched_layers
 from torchgeom_optim.geometry.per_sample import Batch
 
@@ -67,7 +67,7 @@ class GramRecorder:
         self._pass: _RecordedPass | None = None
         self._count = 0
         self._overlapping: set[int] = set()
-        self._capture = Capture(watched_layers(model), self._on_call)
+        self._capture = Capture(watched_layers(model.modules()), self._on_call)
         hook = _ModelHook(weakref.ref(self))
         self._handles: list[RemovableHandle] = [
             model.register_forward_pre_hook(hook.before, prepend=True, with_kwargs=True),
@@ -228,14 +228,15 @@ class _RecordedPass:
         self.record = LayerCalls({id(p): name for name, p in trainable.items()}, self._on_output_grad)
         self.uses: ParameterUses | None = None
         self.num_samples = 0
-        self.statistics = statistics_of(model)
+        self.statistics = statistics_of(model.modules())
         self.is_random = False
         self.has_gradient = False
         self.problem: str | None = None
         self.arrived_unused: set[str] = set()
         self.input_grads: list[Tensor] = []
         self.handles: list[RemovableHandle] = []
-        self._random_state = random_state(model)
+        self._devices = {p.device for p in trainable.values()}
+        self._random_state = random_state(self._devices)
         if of_inputs:
             inputs = [x for x in tree_leaves((args, kwargs)) if _is_floating(x) and x.requires_grad]
             self.handles += [x.register_hook(self.input_grads.append) for x in inputs]
@@ -249,8 +250,7 @@ class _RecordedPass:
             self.problem = "the model was called without a tensor whose axis 0 is the samples"
             return
         self.num_samples = len(first)
-        now = random_state(model)
-        self.is_random = any(not torch.equal(a, b) for a, b in zip(self._random_state, now, strict=True))
+        self.is_random = is_advanced(self._random_state, self._devices)
         try:
             self.record.keep_sample_first(model, self.args, self.kwargs, self.num_samples)
         except RuntimeError as error:  # of the model, on a batch of another size; the user's own pass must go on

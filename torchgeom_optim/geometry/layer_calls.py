@@ -106,11 +106,11 @@ class ParameterUses:
     last: tuple[LayerCall, ...]
 
 
-def watched_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers that have a rule and a trainable parameter of their own."""
+def watched_layers(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Those of the modules that have a rule and a trainable parameter of their own."""
     return [
         module
-        for module in model.modules()
+        for module in modules
         if any(p is not None and p.requires_grad for p in module._parameters.values()) and rule_for(module)
     ]
 
@@ -246,7 +246,7 @@ def _probe(model: nn.Module, args: Any, kwargs: Any, num_samples: int) -> _Signa
     args, kwargs = tree_map(resized, args), tree_map(resized, kwargs)
     parameters = {name: p.detach().requires_grad_() for name, p in model.named_parameters() if p.requires_grad}
     record = LayerCalls({id(p): name for name, p in parameters.items()})
-    capture = Capture(watched_layers(model), lambda *call: record.on_call(*call))
+    capture = Capture(watched_layers(model.modules()), lambda *call: record.on_call(*call))
     try:
         with capture, torch.enable_grad(), without_trace(model, capture):
             with_weights(model, parameters, dict(model.named_buffers()), lambda model: model(*args, **kwargs))

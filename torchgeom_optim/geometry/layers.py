@@ -15,6 +15,7 @@ only while the class computes what the rule's class computes: a subclass with a 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,7 @@ from torch.nn.modules.conv import _ConvNd
 from torchgeom_optim.geometry.convolution_factor import ConvolutionFactor
 from torchgeom_optim.geometry.factors import Factor, OuterFactor, RowFactor, TokenFactor
 
-__all__ = ["LayerRule", "factors_of_call", "register_rule", "rule_for", "uses_batch_statistics"]
+__all__ = ["LayerRule", "factors_of_call", "plain_arithmetic", "register_rule", "rule_for", "uses_batch_statistics"]
 
 FactorsOfCall = Callable[[Any, Tensor, Tensor, Collection[str]], Mapping[str, Factor]]
 
@@ -124,9 +125,18 @@ def factors_of_call(
     layer_input = layer_input.detach()
     if layer_input.is_floating_point():
         layer_input = layer_input.to(wide)
-    # Rules compute in a precision of their own choice, whatever autocast region the backward pass runs in.
-    with torch.no_grad(), torch.autocast(output_grads.device.type, enabled=False):
+    with plain_arithmetic(output_grads.device.type):
         return rule.factors(module, layer_input, output_grads.detach().to(wide), names)
+
+
+def plain_arithmetic(device_type: str) -> AbstractContextManager[object]:
+    """Precision as the tensors have it and no graph, whatever surrounds the backward pass that a hook runs in."""
+    if not torch.is_grad_enabled() and not torch.is_autocast_enabled(device_type):
+        return nullcontext()
+    stack = ExitStack()
+    stack.enter_context(torch.no_grad())
+    stack.enter_context(torch.autocast(device_type, enabled=False))
+    return stack
 
 
 def uses_batch_statistics(module: nn.Module) -> bool:
@@ -140,7 +150,7 @@ def _linear(module: nn.Linear, x: Tensor, g: Tensor, names: Collection[str]) -> 
     if "weight" in names:
         factors["weight"] = OuterFactor(x.reshape(x.shape[0], 1, -1, x.shape[-1]), g)
     if "bias" in names:
-        factors["bias"] = RowFactor(g.sum((2, 3)))
+        factors["bias"] = RowFactor(g[:, :, 0, 0] if g.shape[3] == 1 else g.sum((2, 3)))
     return factors
 
 

@@ -13,7 +13,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from torchgeom_optim.geometry.private_evaluation import private_evaluation, with_weights
 
-__all__ = ["Batch", "parameter_portions", "per_sample_gradients"]
+__all__ = ["Batch", "parameter_portions", "per_sample_gradients", "tensors_of"]
+
+
+def tensors_of(tree: Any) -> list[Any]:
+    """The leaves of nested tuples and dicts."""
+    return [tree] if isinstance(tree, Tensor) else tree_leaves(tree)
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class Batch:
             TypeError: something among the inputs is not a tensor.
             ValueError: the tensors do not all have the same number of samples, at least one.
         """
-        leaves = tree_leaves([self.inputs] if self.targets is None else [self.inputs, self.targets])
+        leaves = [*tensors_of(self.inputs), *(() if self.targets is None else tensors_of(self.targets))]
         wrong = next((leaf for leaf in leaves if not isinstance(leaf, Tensor)), None)
         if wrong is not None:
             raise TypeError(
