@@ -74,7 +74,7 @@ MOMENTA = (0.0, 0.9)
 TUNED = {
     "digits": (Setting(torch.optim.SGD, 0.01, 0.9), Setting(WhiteningSGD, 0.1, 0.9)),
     "mnist": (Setting(torch.optim.SGD, 0.03, 0.9), Setting(WhiteningSGD, 0.03, 0.9)),
-    "fashion-mnist": (Setting(torch.optim.SGD, 0.1, 0.9), Setting(WhiteningSGD, 0.1, 0.9)),
+    "fashion-mnist": (Setting(torch.optim.SGD, 0.03, 0.9), Setting(WhiteningSGD, 0.03, 0.9)),
     "cifar10": (Setting(torch.optim.SGD, 0.1, 0.9), Setting(WhiteningSGD, 0.1, 0.9)),
 }
 COLORS = ("#7a869a", "#d1495b")
