@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.utils.hooks import RemovableHandle
 
 __all__ = ["Capture", "activations_are_not_kept", "private_pass"]
@@ -138,7 +139,8 @@ class _CallHook:
                 node.register_prehook(before_node)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+# torch.compiler.disable would import the compiler here and now, which takes seconds; this waits for the first call.
+@_disable_dynamo
 def _outside_of_graph(report: Callable[..., None], *args: Any) -> None:
     report(*args)
 
