@@ -258,7 +258,7 @@ def inner_products(left: Sequence[Factor], right: Sequence[Factor] | None = None
 def with_bias(weight: OuterFactor) -> Tensor:
     """Inner products of a weight's and its bias's gradients together, one position: (a . a' + 1)(g . g')."""
     a, g = weight.inputs.flatten(1), weight.output_grads.flatten(2).flatten(0, 1)
-    of_inputs = (a @ a.T).add_(1)[:, None, :, None]
+    of_inputs = torch.addmm(a.new_ones(()), a, a.T)[:, None, :, None]
     shape = (weight.num_samples, weight.num_grads) * 2
     return (g @ g.T).view(shape).mul_(of_inputs)
 

@@ -147,9 +147,10 @@ def per_sample_gram(
             seed = torch.full_like(losses, scale)
             grads = torch.autograd.grad(losses, ends, seed, retain_graph=is_random, allow_unused=True)
             # Where the pass ends, autograd hands the gradients over without running the node that a hook is set on.
-            for call, grad in zip(uses.last, grads, strict=False):
-                if grad is not None:
-                    accumulator.on_output_grad(call, grad)
+            with torch.no_grad():
+                for call, grad in zip(uses.last, grads, strict=False):
+                    if grad is not None:
+                        accumulator.on_output_grad(call, grad)
             input_grads = [
                 torch.zeros_like(x) if g is None else g
                 for x, g in zip(ends[len(uses.last) :], grads[len(uses.last) :], strict=True)
