@@ -42,8 +42,8 @@ def channel_moments(x: Tensor, channel_dim: int = -1) -> Moments:
     """Moments of every channel over all other axes, in float32 or better.
 
     Two passes (mean, then squared deviations), so that a mean far from zero costs no digits. Where there are more than
-    4096 observations per channel, every k-th position is taken, the same ones of every sample, with k prime to the last
-    axis of positions so that they spread over all rows and columns.
+    4096 observations per channel, every k-th position is taken, the same ones of every sample and about 16 at least,
+    with k prime to the last axis of positions so that they spread over all rows and columns.
     Source: Lafond, Vasilache and Bottou 2017, §2.3 and App. B ("•": also over positions); the subsample is ours.
 
     Args:
@@ -58,11 +58,12 @@ def channel_moments(x: Tensor, channel_dim: int = -1) -> Moments:
         tensor([1., 0.])
     """
     x = x.detach()
-    if x.dim() < 3:
-        return _moments(at_least_float32(x.reshape(-1, x.shape[-1])), (0,))
     channel_dim %= x.dim()
+    if channel_dim == x.dim() - 1 < 2:
+        return _moments(at_least_float32(x.reshape(-1, x.shape[-1])), (0,))
     n, num_samples = x.shape[channel_dim], len(x) if channel_dim > 0 else 1
-    stride = _position_stride(x.numel() // n, x.shape[-2 if channel_dim == x.dim() - 1 else -1])
+    num_positions = x.numel() // max(n * num_samples, 1)
+    stride = _position_stride(num_samples, num_positions, x.shape[-2 if channel_dim == x.dim() - 1 else -1])
     if x.stride(channel_dim) == 1 or channel_dim > 1:
         x = x.movedim(channel_dim, -1).reshape(num_samples, -1, n)  # a view also of a channels-last image
         return _moments(at_least_float32(x[:, ::stride].flatten(0, 1)), (0,))
@@ -79,8 +80,9 @@ def _moments(x: Tensor, axes: tuple[int, ...]) -> Moments:
     return Moments(count, mean, (x - (mean if x.dim() == 2 else mean[:, None])).square_().mean(axes))
 
 
-def _position_stride(num_observations: int, width: int) -> int:
-    stride = num_observations // _ENOUGH_OBSERVATIONS
+def _position_stride(num_samples: int, num_positions: int, width: int) -> int:
+    # However many samples there are, a layer is judged by 16 of its positions or more: they differ systematically.
+    stride = min(num_samples * num_positions // _ENOUGH_OBSERVATIONS, num_positions // 16)
     while stride > 1 and math.gcd(stride, width) > 1:
         stride += 1
     return max(stride, 1)
