@@ -4,8 +4,7 @@ Lafond, Vasilache and Bottou (2017), Fig. 2, in small: plain SGD, SGD with steps
 normalization, and whitening, each at the best of a learning-rate grid; SGD with momentum and Adam stand beside them.
 
 The grid of a method (half-decades) is searched with the first seed and grows until its best lies inside; the best
-and its two neighbours are then run with every seed, and the one with the lowest median loss is reported. A run that
-diverges counts with an infinite loss. Loss: mean cross-entropy over all training images after the last epoch, in
+is then run with every seed. A run that diverges counts with an infinite loss. Loss: mean cross-entropy over all training images after the last epoch, in
 evaluation mode. Constant learning rate, no weight decay, one thread per run.
 """
 
@@ -85,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _search(pool: multiprocessing.pool.Pool, methods: list[str], seeds: tuple[int, ...], epochs: int) -> list[dict]:
-    """All runs: a grid per method with the first seed, then every seed around its best."""
+    """All runs: a grid per method with the first seed, then every seed at its best."""
     runs: dict[tuple[str, int, int], dict] = {}
 
     def run(jobs: list[tuple[str, int, int]]) -> None:
@@ -102,24 +101,19 @@ def _search(pool: multiprocessing.pool.Pool, methods: list[str], seeds: tuple[in
             if min(grid) < best < max(grid):
                 break
             grid.append(best - 1 if best == min(grid) else best + 1)
-        while True:  # until the best by median of all seeds has both neighbours beside it
-            run([(method, k, seed) for k in (best - 1, best, best + 1) for seed in seeds])
-            tried = {k for m, k, s in runs if m == method and s == seeds[-1]}
-            lowest = min(tried, key=lambda k: statistics.median(runs[method, k, s]["loss"] for s in seeds))
-            if {lowest - 1, lowest + 1} <= tried:
-                break
-            best = lowest
+        run([(method, best, seed) for seed in seeds])
     return list(runs.values())
 
 
 def _best(runs: list[dict], method: str, seeds: tuple[int, ...]) -> tuple[float, list[dict]]:
+    if len(seeds) == 1:
+        best = min((run for run in runs if run["method"] == method), key=lambda run: run["loss"])
+        return best["lr"], [best]
     by_lr: dict[float, list[dict]] = {}
     for run in runs:
         if run["method"] == method:
             by_lr.setdefault(run["lr"], []).append(run)
-    complete = {lr: group for lr, group in by_lr.items() if len(group) == len(seeds)}
-    lr = min(complete, key=lambda lr: statistics.median(run["loss"] for run in complete[lr]))
-    return lr, complete[lr]
+    return next((lr, group) for lr, group in by_lr.items() if len(group) == len(seeds))
 
 
 def _load(source: tuple, threads: int) -> None:
