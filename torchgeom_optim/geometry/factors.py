@@ -245,7 +245,7 @@ def inner_products(left: Sequence[Factor], right: Sequence[Factor] | None = None
 
     Example:
         >>> a, g = torch.randn(4, 1, 1, 3), torch.randn(4, 1, 1, 1, 2)
-        >>> J = torch.einsum("nio,nco->nco", g[:, 0, 0].mT, a[:, 0]).flatten(1)
+        >>> J = torch.einsum("no,ni->noi", g[:, 0, 0, 0], a[:, 0, 0]).flatten(1)
         >>> torch.testing.assert_close(inner_products([OuterFactor(a, g)])[:, 0, :, 0], J @ J.T)
     """
     one = _joined(left)
