@@ -147,7 +147,9 @@ class LayerwiseOptimizer(Optimizer):
 
     # -- what the passes tell ------------------------------------------------------------------------------------
 
-    def _on_call(self, module: nn.Module, x: Tensor, y: Tensor) -> Callable[[Tensor], None]:
+    def _on_call(self, module: nn.Module, x: Tensor, y: Tensor) -> Callable[[Tensor], None] | None:
+        if y.numel() == 0:  # of an empty batch there are no moments
+            return None
         layer = self._layer_of[module]
         moments, output_grads = self._wants(self._group_of[layer]["rule"])
         if len(self._open_calls) > 8 * len(self._layers) + 64:  # passes with gradients that were never differentiated
@@ -272,12 +274,13 @@ class LayerwiseOptimizer(Optimizer):
         owner = dict(zip(indices, parameters, strict=False))  # torch says what is wrong if there are more or less
         state = {index: dict(values) for index, values in state_dict["state"].items()}
         self._check_shapes({owner[index]: values for index, values in state.items() if index in owner})
+        in_layers = {p for layer in self._layers for p in layer.parameters}
         groups = []
         for group, version, own in zip(saved, versions, self.param_groups, strict=False):
             present = {key: value for key, value in own.items() if key != "params"}
-            groups.append({**group, **present} if version == 0 else {**present, **group})
+            groups.append({**present, "params": group["params"]} if version == 0 else {**present, **group})
             for index in group["params"] if version == 0 else ():
-                if index in owner and self._has_rule(owner[index]) and "momentum_buffer" in state.get(index, {}):
+                if owner.get(index) in in_layers and "momentum_buffer" in state.get(index, {}):
                     state[index]["gradient_momentum"] = state[index].pop("momentum_buffer")
         groups += saved[len(groups) :]
         super().load_state_dict({**state_dict, "state": state, "param_groups": groups})

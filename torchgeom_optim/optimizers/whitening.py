@@ -180,7 +180,8 @@ class WhiteningSGD(LayerwiseOptimizer):
             for free in layer.free_biases:
                 if free.grad is not None:
                     directions[id(free)] = (free.grad * output_scale).to(free.dtype)
-        self._has_foreign_momentum = False
+        if len(layers) == len(self._layers):  # else a layer that sat this step out still has its own
+            self._has_foreign_momentum = False
         return directions
 
     def _update_input_statistics(
@@ -254,6 +255,9 @@ class WhiteningSGD(LayerwiseOptimizer):
         for state, buffer in zip((weight, bias), buffers, strict=True):
             if state is not None and buffer is not None:
                 state["momentum_buffer"] = buffer
+        for free in layer.free_biases:
+            if (buffer := self.state[free].pop("gradient_momentum", None)) is not None:
+                self.state[free]["momentum_buffer"] = (buffer * output_scale).to(free.dtype)
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything that a copy or a pickle needs."""
