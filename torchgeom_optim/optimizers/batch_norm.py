@@ -74,8 +74,9 @@ def fold_batch_norm(model: nn.Module) -> list[FoldedBatchNorm]:
         )
     for folded in plan:
         _fold(folded.layer, folded.norm)
-        parent, _, child = folded.norm_name.rpartition(".")
-        setattr(model.get_submodule(parent), child, nn.Identity())
+        names = [name for name, module in model.named_modules(remove_duplicate=False) if module is folded.norm]
+        for parent, _, child in (name.rpartition(".") for name in names):
+            setattr(model.get_submodule(parent), child, nn.Identity())
     return plan
 
 

@@ -185,7 +185,7 @@ def find_affine_layers(
         takes_part: whether a parameter is optimized, and not by plain SGD.
 
     Returns:
-        The layers that have at least one such parameter; and for parameters of known layers that are left out, why.
+        The layers of whose weights this holds; and for parameters of known layers that are left out, why.
     """
     refused: dict[Tensor, str] = {}
     owners: dict[Tensor, list[nn.Module]] = {}
@@ -207,9 +207,11 @@ def find_affine_layers(
         if weight in refused:
             continue
         biases = [b for m in modules if (b := m._parameters.get("bias")) is not None and takes_part(b)]
+        if not takes_part(weight):  # Eq. (3) moves the bias against a step of the weight
+            refused.update((b, "the weight of its layer has no rule") for b in biases)
+            continue
         bias = biases[0] if len(modules) == 1 and biases else None
-        if takes_part(weight) or biases:
-            layers.append(AffineLayer(modules, weight, bias, [b for b in biases if b is not bias]))
+        layers.append(AffineLayer(modules, weight, bias, [b for b in biases if b is not bias]))
     return layers, refused
 
 

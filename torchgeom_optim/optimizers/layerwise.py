@@ -102,11 +102,8 @@ class LayerwiseOptimizer(Optimizer):
         for layer in self._layers:
             layer.calls = calls.get(layer.weight, layer.calls)
         self._layer_of = {module: layer for layer in self._layers for module in layer.modules}
-        # The group that decides for a layer: its weight's, else its bias's.
-        self._group_of = {
-            layer: next(self._group_of_parameter[p] for p in layer.parameters if self._has_rule(p))
-            for layer in self._layers
-        }
+        # The group of its weight decides for a layer.
+        self._group_of = {layer: self._group_of_parameter[layer.weight] for layer in self._layers}
         self._open_calls: list[weakref.ref[LayerCall]] = []
         if (capture := getattr(self, "_capture", None)) is not None:
             capture.close()
@@ -287,7 +284,8 @@ class LayerwiseOptimizer(Optimizer):
         for index, p in owner.items():  # torch casts to the parameter's dtype, which is too coarse for these
             for key in self._statistics:
                 if key in state.get(index, {}):
-                    self.state[p][key] = state[index][key].to(p.device, copy=True)
+                    dtype = torch.promote_types(p.dtype, torch.float32)
+                    self.state[p][key] = state[index][key].to(p.device, dtype, copy=True)
 
     def _check_shapes(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
         num_inputs = {layer.weight: (layer.num_inputs,) for layer in self._layers}

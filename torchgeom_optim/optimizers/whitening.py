@@ -300,11 +300,11 @@ class WhiteningSGD(LayerwiseOptimizer):
                     group[key] = [group[key][k] for k in keep]
             group.update(new)
         for f in folded:
-            if f.created_bias:
-                group = self._group_of_parameter[f.layer._parameters["weight"]]
-                group["params"].append(f.layer._parameters["bias"])
-                if "param_names" in group:
-                    group["param_names"].append(f"{f.layer_name}.bias")
+            of_weight = self._group_of_parameter.get(f.layer._parameters["weight"])
+            if f.created_bias and of_weight is not None:
+                of_weight["params"].append(f.layer._parameters["bias"])
+                if "param_names" in of_weight:
+                    of_weight["param_names"].append(f"{f.layer_name}.bias")
         self._watch_layers()
         return folded
 
