@@ -1,0 +1,337 @@
+"""Eigenvalues and eigenvectors of J'J, whose size is the number of weights, through J J', whose size is the data's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from torchgeom_optim.geometry.jacobian import Jacobian
+from torchgeom_optim.geometry.jacobian_gram import sphere_basis
+from torchgeom_optim.geometry.lanczos import Estimate, SpectralDensity, random_signs, spectral_density, top_eigenpairs
+from torchgeom_optim.geometry.sloppiness import Sloppiness, sloppiness, trace_share
+
+__all__ = ["Normalisation", "Spectrum", "jacobian_density", "jacobian_spectrum"]
+
+Normalisation = Literal["mean", "sum"]
+_EPS = torch.finfo(torch.float64).eps
+
+
+@dataclass(frozen=True, eq=False)
+class Spectrum:
+    """The largest eigenvalues of a positive semi-definite matrix, with what is known about their errors.
+
+    Attributes:
+        eigenvalues: [R], descending, float64. If ``complete``, all but zeros: R is the smaller of the numbers of
+            rows and columns of J (N (C - 1) rows for the exact Fisher matrix, whose rows are dependent). Those below
+            ``roundoff`` are noise and may be negative.
+        residuals: [R]; an eigenvalue of the matrix lies within it of each value. From the products themselves where
+            they were iterated on; for a complete spectrum the same number for all, an estimate of ||G' - G||_F, where
+            G' is the matrix that was decomposed and G is J J' as J's products have it (from two random vectors; the
+            rounding of these products is included).
+        roundoff: eigenvalues at or below it are not told from zero: the largest residual, and R eps of the largest
+            value.
+        trace: of the whole matrix, with its standard error: 0 where it was summed up.
+        matrix: what the eigenvalues are of, in words, the Fisher matrix's variant included.
+        normalisation: in words.
+        variant: "exact", "drawn", "empirical", "outputs", "loss", "log_probabilities" or "data".
+        num_samples: N.
+        size: rows of the matrix: P weights, or features of the data. It has ``size`` eigenvalues, zeros included.
+        complete: whether no nonzero eigenvalue is missing.
+        converged: whether the residuals kept within the tolerance asked for; True if complete.
+        num_products: columns that the matrix was multiplied with; 0 if complete.
+        dtype: of J's products; eigenvalues are computed in float64 from these.
+    """
+
+    eigenvalues: Tensor
+    residuals: Tensor
+    roundoff: float
+    trace: Estimate
+    matrix: str
+    normalisation: str
+    variant: str
+    num_samples: int
+    size: int
+    complete: bool
+    converged: bool
+    num_products: int
+    dtype: torch.dtype
+    _vectors: Callable[[int], Tensor] = field(repr=False)
+
+    @property
+    def rank(self) -> int:
+        """Eigenvalues above round-off: the matrix's numerical rank if ``complete``, else at most R."""
+        return int((self.eigenvalues > self.roundoff).sum())
+
+    def eigenvectors(self, num: int | None = None) -> Tensor:
+        """Unit eigenvectors of the largest eigenvalues, V = J' U S^-1/2 (U, S of J J'), computed when asked for.
+
+        Nothing of the size of the weights is kept: J is asked for products, so the weights and the data must be what
+        they were. Vectors of eigenvalues within a factor of ``roundoff`` are right only as a space.
+
+        Args:
+            num: k, at most ``rank``; by default that.
+
+        Returns:
+            [size, k]. ``jacobian.vectors.named`` turns them into named tensors.
+
+        Raises:
+            ValueError: more than ``rank``.
+            RuntimeError: the weights are not those of the eigenvalues any more.
+            JacobianMemoryError: see the Jacobian's ``memory_limit``.
+        """
+        num = self.rank if num is None else num
+        if not 1 <= num <= self.rank:
+            advice = "Take more samples" if self.complete else "Compute more eigenvalues, or take more samples"
+            raise ValueError(
+                f"num={num}: must be in [1, {self.rank}], the eigenvalues above round-off ({self.roundoff:.3g}) out of "
+                f"the {len(self.eigenvalues)} known, from {self.num_samples} samples. {advice}, or compute in float64."
+            )
+        return self._vectors(num)
+
+    def sloppiness(self, *, stiff_threshold: float = 1e-2, damping: float = 1e-3, misfit: float = 0.1) -> Sloppiness:
+        """Decades, slope, stiff fraction and more; see :class:`~torchgeom_optim.geometry.sloppiness.Sloppiness`.
+
+        Args:
+            stiff_threshold: relative to the largest eigenvalue.
+            damping: relative to the largest eigenvalue.
+            misfit: of the linear range, in decades.
+
+        Returns:
+            The numbers, with :attr:`roundoff` as the threshold of what counts as zero.
+
+        Raises:
+            ValueError: the spectrum is not complete, or nothing in it is above round-off.
+        """
+        if not self.complete:
+            raise ValueError(
+                f"the {len(self.eigenvalues)} largest eigenvalues: all are needed to say how sloppy a spectrum is. "
+                "Leave num_eigenvalues=None, on fewer samples if need be, or look at trace_share and jacobian_density."
+            )
+        return sloppiness(
+            self.eigenvalues,
+            roundoff=self.roundoff,
+            stiff_threshold=stiff_threshold,
+            damping=damping,
+            misfit=misfit,
+        )
+
+    def trace_share(self, num: int) -> float:
+        """What the ``num`` largest eigenvalues make up of the trace."""
+        return trace_share(self.eigenvalues, num, self.trace.value)
+
+
+def jacobian_spectrum(
+    jacobian: Jacobian,
+    num_eigenvalues: int | None = None,
+    *,
+    variant: str | None = None,
+    normalisation: Normalisation = "mean",
+    tolerance: float | None = None,
+    block_size: int = 8,
+    max_products: int | None = None,
+    num_probes: int = 8,
+    generator: torch.Generator | None = None,
+) -> Spectrum:
+    r"""Eigenvalues of J'J / N, through J J' / N or J'J / N, whichever is smaller: they share the nonzero ones.
+
+        J J' = U S U'   =>   J'J V = V S,   V = J' U S^-1/2
+
+    With ``num_eigenvalues=None`` the smaller matrix is formed and decomposed in float64: all nonzero eigenvalues and
+    the exact trace. With a number, block Lanczos on products J (J'u) gives the largest ones with their residuals, and
+    the trace with a standard error.
+
+    Args:
+        jacobian: J; its dtype is that of the products.
+        num_eigenvalues: k, or None for all.
+        variant: what the result says it is; by default what J is of.
+        normalisation: "mean" divides J'J by N; "sum" does not. Sums over outputs (and positions) stay sums.
+        tolerance: residual relative to the largest eigenvalue, for a number of them; by default 1e-6, or 50 eps of J's
+            dtype if that is more.
+        block_size: columns that share a product; 1 is Lanczos. More of them need more products in all, which are
+            cheaper together, and find multiple eigenvalues sooner.
+        max_products: columns to multiply at most; by default the size of the smaller matrix, after which the
+            eigenvalues are exact.
+        num_probes: random vectors for the trace, where it is estimated.
+        generator: for the start and the probes; by default one seeded with 0.
+
+    Returns:
+        The spectrum.
+
+    Raises:
+        ValueError: an argument out of range, or J J' is not finite.
+        JacobianMemoryError: J J' does not fit into J's ``memory_limit``; give a number of eigenvalues.
+    """
+    if normalisation not in get_args(Normalisation):
+        raise ValueError(f"normalisation={normalisation!r}: must be 'mean' or 'sum' (over samples).")
+    rows, weights = jacobian.shape
+    scale = 1.0 / jacobian.num_samples if normalisation == "mean" else 1.0
+    device = jacobian.vectors.device
+    generator = generator or torch.Generator().manual_seed(0)
+    if num_eigenvalues is None:
+        values, residual, left = _decompose(jacobian, generator)
+        residuals, trace = torch.full_like(values, residual), Estimate(float(values.sum()), 0.0)
+        complete, converged, num_products = True, True, 0
+    else:
+        tolerance = max(1e-6, 50 * torch.finfo(jacobian.dtype).eps) if tolerance is None else tolerance
+        top = top_eigenpairs(
+            _product(jacobian),
+            min(rows, weights),
+            num_eigenvalues,
+            tolerance=tolerance,
+            block_size=block_size,
+            max_products=max_products,
+            num_probes=num_probes,
+            generator=generator,
+            device=device,
+        )
+        values, residuals, trace, left = top.values, top.residuals, top.trace, lambda k: top.vectors[:, :k]
+        complete, converged, num_products = len(values) == min(rows, weights), top.converged, top.num_products
+
+    def vectors(num: int) -> Tensor:
+        return left(num) if weights < rows else _carried_back(jacobian, left(num), values[:num])
+
+    return Spectrum(
+        eigenvalues=values * scale,
+        residuals=residuals * scale,
+        roundoff=scale * (float(residuals.max()) + len(values) * _EPS * float(values[0].abs())),
+        trace=Estimate(trace.value * scale, trace.standard_error * scale),
+        matrix=f"J'J, J of {jacobian.of}" + ("" if variant is None else f", variant {variant}"),
+        normalisation=f"{normalisation} over N = {jacobian.num_samples} samples, sum over C = {jacobian.num_outputs} "
+        "outputs",
+        variant=variant or {"sqrt_probabilities": "exact"}.get(jacobian.of, jacobian.of),
+        num_samples=jacobian.num_samples,
+        size=weights,
+        complete=complete,
+        converged=converged,
+        num_products=num_products,
+        dtype=jacobian.dtype,
+        _vectors=vectors,
+    )
+
+
+def jacobian_density(
+    jacobian: Jacobian,
+    *,
+    normalisation: Normalisation = "mean",
+    num_probes: int = 10,
+    num_steps: int = 60,
+    generator: torch.Generator | None = None,
+) -> SpectralDensity:
+    """The density of J'J / N's eigenvalues by stochastic Lanczos quadrature, for what is too large for all of them.
+
+    Args:
+        jacobian: J.
+        normalisation: "mean" divides J'J by N; "sum" does not.
+        num_probes: random vectors.
+        num_steps: Lanczos steps of each.
+        generator: for the probes; by default one seeded with 0.
+
+    Returns:
+        The density of the smaller of J J' and J'J: ``size`` counts its eigenvalues; the larger has more zeros.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+    if normalisation not in get_args(Normalisation):
+        raise ValueError(f"normalisation={normalisation!r}: must be 'mean' or 'sum' (over samples).")
+    product, scale = _product(jacobian), 1.0 / jacobian.num_samples if normalisation == "mean" else 1.0
+    return spectral_density(
+        lambda z: product(z) * scale,
+        min(jacobian.shape),
+        num_probes=num_probes,
+        num_steps=num_steps,
+        generator=generator,
+        device=jacobian.vectors.device,
+    )
+
+
+def _product(jacobian: Jacobian) -> Callable[[Tensor], Tensor]:
+    """The smaller of J J' and J'J on columns."""
+    rows, weights = jacobian.shape
+    if weights < rows:
+        return lambda z: (jacobian.T @ (jacobian @ z)).double()
+    return lambda z: (jacobian @ (jacobian.T @ z)).double()
+
+
+def _decompose(jacobian: Jacobian, generator: torch.Generator) -> tuple[Tensor, float, Callable[[int], Tensor]]:
+    """Eigenvalues of the smaller matrix, their error, and what gives its eigenvectors."""
+    rows, weights = jacobian.shape
+    K = _weight_matrix(jacobian) if weights < rows else jacobian.gram().double()
+    if not bool(torch.isfinite(K).all()):
+        raise ValueError(
+            "J J' is not finite: every entry must be. Look for nan or overflow in the weights, or compute in float64."
+        )
+    z = random_signs(len(K), 2, generator, K.device)
+    residual = math.sqrt(float((K @ z - _product(jacobian)(z)).square().sum()) / 2)
+    basis = None if weights < rows else _dependence_basis(jacobian)
+    if basis is not None:
+        K = _compressed(K, basis)
+    values = torch.linalg.eigvalsh(K).flip(0)
+    cache: list[Tensor] = []
+
+    def left(num: int) -> Tensor:
+        if not cache:  # eigenvectors cost several times what eigenvalues do
+            cache.append(torch.linalg.eigh(K)[1].flip(1))
+        U = cache[0][:, :num]
+        if basis is None:
+            return U
+        n, outputs, directions = basis.shape
+        return torch.bmm(basis, U.reshape(n, directions, num)).reshape(n * outputs, num)
+
+    return values, residual, left
+
+
+def _carried_back(jacobian: Jacobian, left: Tensor, values: Tensor) -> Tensor:
+    """V = J' U S^-1/2, eigenvalues unnormalised."""
+    V = (jacobian.T @ left.to(jacobian.dtype)).double()
+    lengths = V.square().sum(0)
+    # u'J J'u = s: nothing else tells that the weights have moved since.
+    allowed = 10 * math.sqrt(torch.finfo(jacobian.dtype).eps) * values[0]
+    if not bool(((lengths - values).abs() <= allowed).all()):
+        raise RuntimeError(
+            f"|J'u|^2 is off from its eigenvalue by {float((lengths - values).abs().max()):.3g}, of a largest "
+            f"eigenvalue {float(values[0]):.3g}: the weights or data are not those of the spectrum any more. Take "
+            "eigenvectors before the next training step."
+        )
+    return V / lengths.sqrt()
+
+
+def _weight_matrix(jacobian: Jacobian) -> Tensor:
+    size = jacobian.shape[1]
+    A = torch.zeros(size, size, dtype=torch.float64, device=jacobian.vectors.device)
+    for block in jacobian.rows():
+        A += block.double().T @ block.double()
+    return A
+
+
+def _dependence_basis(jacobian: Jacobian) -> Tensor | None:
+    """Where a sample's C rows lie in a space of C - 1 dimensions (2 sqrt(p) keeps its length): its basis."""
+    if jacobian.of != "sqrt_probabilities" or jacobian.num_outputs < 2:
+        return None
+    f = _values(jacobian).double()
+    if not bool(((f.norm(dim=1) - 2).abs() < 1e-2).all()):  # several positions, which are a distribution each
+        return None
+    return sphere_basis(f)
+
+
+def _values(jacobian: Jacobian) -> Tensor:
+    """What J is of, at the present weights: [N, C]."""
+    function = jacobian._f
+    values = []
+    for batch in function.parts(256):
+        with function.private(), torch.no_grad():
+            values.append(function.on(batch)({}, torch.Tensor.detach))
+    return torch.cat(values)
+
+
+def _compressed(K: Tensor, basis: Tensor) -> Tensor:
+    """R'KR, R block diagonal: [N (C - 1), N (C - 1)]."""
+    n, outputs, directions = basis.shape
+    half = torch.bmm(basis.transpose(1, 2), K.view(n, outputs, -1)).reshape(n * directions, -1)
+    both = torch.bmm(basis.transpose(1, 2), half.T.reshape(n, outputs, -1)).reshape(n * directions, -1)
+    return (both + both.T) / 2
