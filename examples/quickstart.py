@@ -249,6 +249,7 @@ def draw(path: Path, title: str, settings: Sequence[Setting], curves: Sequence[S
             axes.plot(x, middle, color=color, linewidth=2.4, label=label, solid_capstyle="round")
         axes.set_yscale("log")
         axes.set_xlim(left=0)
+        axes.locator_params(axis="x", integer=over == "epochs")
         axes.set_xlabel(f"{over} of training" if over == "seconds" else over)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#e3e6ea", linewidth=0.8)
