@@ -42,7 +42,7 @@ def channel_moments(x: Tensor, channel_dim: int = -1) -> Moments:
     """Moments of every channel over all other axes, in float32 or better.
 
     Two passes (mean, then squared deviations), so that a mean far from zero costs no digits. Where there are more than
-    4096 observations per channel, every k-th position is taken, the same ones of every sample and about 16 at least,
+    4096 observations per channel, every k-th position is taken, the same ones of every sample and about 64 at least,
     with k prime to the last axis of positions so that they spread over all rows and columns.
     Source: Lafond, Vasilache and Bottou 2017, §2.3 and App. B ("•": also over positions); the subsample is ours.
 
@@ -81,8 +81,8 @@ def _moments(x: Tensor, axes: tuple[int, ...]) -> Moments:
 
 
 def _position_stride(num_samples: int, num_positions: int, width: int) -> int:
-    # However many samples there are, a layer is judged by 16 of its positions or more: they differ systematically.
-    stride = min(num_samples * num_positions // _ENOUGH_OBSERVATIONS, num_positions // 16)
+    # However many samples there are, a layer is judged by 64 of its positions or so: they differ systematically.
+    stride = min(num_samples * num_positions // _ENOUGH_OBSERVATIONS, num_positions // 64)
     while stride > 1 and math.gcd(stride, width) > 1:
         stride += 1
     return max(stride, 1)

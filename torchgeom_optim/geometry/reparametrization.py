@@ -38,6 +38,9 @@ def guarded_second_moment(running: Moments, batch: Moments) -> Tensor:
     Eq. (5) has var[x_i] of the running average alone, and diverges when the inputs outgrow it (§4.4). The guard
     keeps E_batch[alpha_i^2 (x_i - mu_i)^2] <= 1, the condition that the derivation assumes.
 
+    To q_i comes eps mu_i^2, the rounding of x_i - mu_i: without it, constant inputs (all of them, in a batch of one)
+    would make alpha^2 so large that the rounding errors of W - mu b become the step.
+
     Args:
         running: running averages, this batch included; for inputs that are not centred, of mean 0.
         batch: moments of this batch; likewise.
@@ -46,7 +49,8 @@ def guarded_second_moment(running: Moments, batch: Moments) -> Tensor:
         q, shape [n], units input^2. Elementwise: vectors of several layers may be joined.
     """
     drift = batch.mean - running.mean
-    return torch.maximum(running.variance, torch.addcmul(batch.variance, drift, drift))
+    q = torch.maximum(running.variance, torch.addcmul(batch.variance, drift, drift))
+    return q.addcmul_(running.mean, running.mean, value=torch.finfo(q.dtype).eps)
 
 
 def precision(second_moment: Tensor, floor: Tensor) -> Tensor:
