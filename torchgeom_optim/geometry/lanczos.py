@@ -54,7 +54,7 @@ def top_eigenpairs(
     num: int,
     *,
     tolerance: float = 1e-6,
-    block_size: int = 8,
+    block_size: int = 4,
     max_products: int | None = None,
     num_probes: int = 8,
     generator: torch.Generator | None = None,

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from torchgeom_optim.geometry.jacobian import Jacobian
-from torchgeom_optim.geometry.jacobian_gram import sphere_basis
 from torchgeom_optim.geometry.lanczos import Estimate, SpectralDensity, random_signs, spectral_density, top_eigenpairs
 from torchgeom_optim.geometry.sloppiness import Sloppiness, sloppiness, trace_share
 
 __all__ = ["Normalisation", "Spectrum", "jacobian_density", "jacobian_spectrum"]
 
 Normalisation = Literal["mean", "sum"]
+_ROWS_AT_ONCE = 32
 _EPS = torch.finfo(torch.float64).eps
 
 
@@ -132,7 +132,7 @@ def jacobian_spectrum(
     variant: str | None = None,
     normalisation: Normalisation = "mean",
     tolerance: float | None = None,
-    block_size: int = 8,
+    block_size: int = 4,
     max_products: int | None = None,
     num_probes: int = 8,
     generator: torch.Generator | None = None,
@@ -262,15 +262,15 @@ def _decompose(jacobian: Jacobian, generator: torch.Generator) -> tuple[Tensor, 
     """Eigenvalues of the smaller matrix, their error, and what gives its eigenvectors."""
     rows, weights = jacobian.shape
     K = _weight_matrix(jacobian) if weights < rows else jacobian.gram().double()
-    if not bool(torch.isfinite(K).all()):
+    if not math.isfinite(float(K.sum())):
         raise ValueError(
             "J J' is not finite: every entry must be. Look for nan or overflow in the weights, or compute in float64."
         )
     z = random_signs(len(K), 2, generator, K.device)
     residual = math.sqrt(float((K @ z - _product(jacobian)(z)).square().sum()) / 2)
-    basis = None if weights < rows else _dependence_basis(jacobian)
-    if basis is not None:
-        K = _compressed(K, basis)
+    reflectors = None if weights < rows else _reflectors(jacobian)
+    if reflectors is not None:
+        K = _without_dependent_rows(K, reflectors)
     values = torch.linalg.eigvalsh(K).flip(0)
     cache: list[Tensor] = []
 
@@ -278,10 +278,7 @@ def _decompose(jacobian: Jacobian, generator: torch.Generator) -> tuple[Tensor, 
         if not cache:  # eigenvectors cost several times what eigenvalues do
             cache.append(torch.linalg.eigh(K)[1].flip(1))
         U = cache[0][:, :num]
-        if basis is None:
-            return U
-        n, outputs, directions = basis.shape
-        return torch.bmm(basis, U.reshape(n, directions, num)).reshape(n * outputs, num)
+        return U if reflectors is None else _with_dependent_rows(U, reflectors)
 
     return values, residual, left
 
@@ -309,14 +306,39 @@ def _weight_matrix(jacobian: Jacobian) -> Tensor:
     return A
 
 
-def _dependence_basis(jacobian: Jacobian) -> Tensor | None:
-    """Where a sample's C rows lie in a space of C - 1 dimensions (2 sqrt(p) keeps its length): its basis."""
-    if jacobian.of != "sqrt_probabilities" or jacobian.num_outputs < 2:
+def _reflectors(jacobian: Jacobian) -> Tensor | None:
+    """Unit vectors w [N, C] whose reflections make a sample's first row zero; None where no row depends on others."""
+    # 2 sqrt(p) keeps its length, so f_i'J_i = 0 for each sample; I - 2 w w' takes f_i to the first axis.
+    if jacobian.of != "sqrt_probabilities":
         return None
     f = _values(jacobian).double()
-    if not bool(((f.norm(dim=1) - 2).abs() < 1e-2).all()):  # several positions, which are a distribution each
+    length = f.norm(dim=1, keepdim=True)
+    if not bool(((length - 2).abs() < 1e-2).all()):  # several positions, which are a distribution each
         return None
-    return sphere_basis(f)
+    w = f / length
+    w[:, 0] += 1  # f >= 0, so nothing cancels
+    unit: Tensor = w / w.norm(dim=1, keepdim=True)
+    return unit
+
+
+def _without_dependent_rows(K: Tensor, w: Tensor) -> Tensor:
+    """K reflected on both sides, without the rows and columns that are zero then: [N (C - 1), N (C - 1)]."""
+    n, outputs = w.shape
+    half = K.view(n, outputs, -1)
+    half = torch.baddbmm(half, w[:, :, None], torch.bmm(w[:, None], half), alpha=-2)[:, 1:].reshape(-1, n, outputs)
+    result = half.new_empty(len(half), n, outputs - 1)
+    for start in range(0, len(half), _ROWS_AT_ONCE):  # few enough to stay in the cache
+        rows = half[start : start + _ROWS_AT_ONCE]
+        along = (rows * w).sum(2, keepdim=True)
+        torch.addcmul(rows[:, :, 1:], along, w[:, 1:], value=-2, out=result[start : start + _ROWS_AT_ONCE])
+    return result.view(len(half), -1)
+
+
+def _with_dependent_rows(U: Tensor, w: Tensor) -> Tensor:
+    """Vectors in the space of all rows: [N (C - 1), k] to [N C, k]."""
+    n, outputs = w.shape
+    full = torch.nn.functional.pad(U.reshape(n, outputs - 1, -1), (0, 0, 1, 0))
+    return (full - 2 * w[:, :, None] * torch.bmm(w[:, None], full)).reshape(n * outputs, -1)
 
 
 def _values(jacobian: Jacobian) -> Tensor:
@@ -327,11 +349,3 @@ def _values(jacobian: Jacobian) -> Tensor:
         with function.private(), torch.no_grad():
             values.append(function.on(batch)({}, torch.Tensor.detach))
     return torch.cat(values)
-
-
-def _compressed(K: Tensor, basis: Tensor) -> Tensor:
-    """R'KR, R block diagonal: [N (C - 1), N (C - 1)]."""
-    n, outputs, directions = basis.shape
-    half = torch.bmm(basis.transpose(1, 2), K.view(n, outputs, -1)).reshape(n * directions, -1)
-    both = torch.bmm(basis.transpose(1, 2), half.T.reshape(n, outputs, -1)).reshape(n * directions, -1)
-    return (both + both.T) / 2
