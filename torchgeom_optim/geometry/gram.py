@@ -15,8 +15,8 @@ sum; the contributions add up to the gradient of that sum. :attr:`GramResult.sta
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -24,38 +24,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
-from torchgeom_optim.geometry.capture import Capture
-from torchgeom_optim.geometry.factors import Factor, OuterFactor, RowFactor, inner_products, with_bias
-from torchgeom_optim.geometry.layer_calls import LayerCall, LayerCalls, ParameterUses, watched_layers
-from torchgeom_optim.geometry.layers import plain_arithmetic, uses_batch_statistics
-from torchgeom_optim.geometry.per_sample import Batch, parameter_portions, per_sample_gradients, tensors_of
+from torchgeom_optim.geometry.capture import Capture, private_pass
+from torchgeom_optim.geometry.gram_accumulator import GramAccumulator, GramResult
+from torchgeom_optim.geometry.layer_calls import LayerCalls, ParameterUses
+from torchgeom_optim.geometry.layers import rule_for, uses_batch_statistics
+from torchgeom_optim.geometry.per_sample import Batch, tensors_of
 from torchgeom_optim.geometry.private_evaluation import with_weights
-from torchgeom_optim.geometry.pure_call import without_trace
 
-__all__ = ["GramAccumulator", "GramResult", "is_advanced", "per_sample_gram", "random_state", "statistics_of"]
-
-_PORTION_BYTES = 2**27  # explicit per-sample gradients at a time, where there is no rule
-
-
-@dataclass(frozen=True)
-class GramResult:
-    """Inner products of per-sample gradients; nothing is divided by N.
-
-    Args:
-        weights: of the gradients with respect to all trainable parameters, [N, N], units (loss / parameter)^2.
-        inputs: of the gradients with respect to the inputs, [N, N], if they were asked for.
-        parameters: name -> [N, N], which sum to ``weights``, if they were asked for.
-        routes: name -> ``"rule"`` (factors of its layer), ``"vmap"`` or ``"loop"`` (per-sample gradients formed), or
-            ``"unused"`` (the loss does not depend on it). Frozen parameters are not listed.
-        statistics: ``"none"`` if no layer could normalize over the batch, ``"frozen"`` if each took its running
-            statistics, ``"batch"`` if some took the batch's: gradients are then contributions to the batch gradient.
-    """
-
-    weights: Tensor
-    inputs: Tensor | None
-    parameters: dict[str, Tensor] | None
-    routes: dict[str, str]
-    statistics: str
+__all__ = ["GramResult", "is_advanced", "per_sample_gram", "random_state", "set_random_state", "statistics_of"]
 
 
 def per_sample_gram(
@@ -116,19 +92,21 @@ def per_sample_gram(
             f"of_inputs=True with inputs of {', '.join(dtypes)}: gradients need floating point inputs; "
             f"pass what the tokens are embedded to, or of_inputs=False."
         )
-    modules = list(model.modules())
-    buffers = dict(model.named_buffers())
-    leaves, are_aliases = _leaves(model)
+    survey = _survey(model)
+    leaves, are_aliases = survey.trainable, False
+    if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in leaves.values()):
+        # The user's hooks on parameters must not feel that these are differentiated.
+        leaves, are_aliases = {name: p.detach().requires_grad_() for name, p in leaves.items()}, True
     if of_inputs:
         batch = Batch(tree_map(_differentiable, inputs), targets)
-    accumulator = GramAccumulator(per_parameter)
+    accumulator = GramAccumulator(per_parameter, may_postpone=True)
     record = LayerCalls({id(p): name for name, p in leaves.items()}, accumulator.on_output_grad)
-    capture = Capture(watched_layers(modules), lambda *call: record.on_call(*call))
+    capture = Capture(survey.watched, lambda *call: record.on_call(*call))
 
     devices = {p.device for p in leaves.values()} | {x.device for x in tensors_of(inputs)}
+    before = random_state(devices)
 
     def work(model_with_leaves: nn.Module) -> _Pass:
-        before = random_state(devices)
         outputs = batch.outputs(model_with_leaves)
         record.recording = False
         record.keep_sample_first(model, batch.args, batch.kwargs, num_samples)
@@ -161,24 +139,69 @@ def per_sample_gram(
             accumulator.add_rows(_through_one_graph(own, loss_fn, batch, outputs, losses), "loop")
         return _Pass(uses, losses.detach() * scale, is_random, input_grads)
 
-    with ExitStack() as stack:
-        stack.enter_context(_attributes_kept(modules))
-        stack.enter_context(capture)
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(without_trace(model, capture))
-        if any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None for m in modules):
-            # Compiled code would not call hooks that were set after it was compiled.
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        if freeze_statistics:
-            stack.enter_context(_frozen_statistics(model))
-        statistics = statistics_of(modules)
-        done = with_weights(model, leaves, buffers, work) if buffers or are_aliases else work(model)
-        if done.uses.other and not done.is_random:
-            accumulator.add_formed(model, done.uses.other, loss_fn, Batch(inputs, targets), done.losses)
+    try:
+        # Compiled code would not call hooks that were set after it was compiled.
+        with (
+            capture,
+            torch.enable_grad(),
+            private_pass(capture),
+            torch.compiler.set_stance("force_eager") if survey.is_compiled else nullcontext(),
+            _frozen_statistics(model) if freeze_statistics else nullcontext(),
+        ):
+            statistics = statistics_of(survey.batch_norms)
+            needs_copies = survey.has_buffers or are_aliases
+            done = with_weights(model, leaves, dict(model.named_buffers()), work) if needs_copies else work(model)
+            if done.uses.other and not done.is_random:
+                accumulator.add_formed(model, done.uses.other, loss_fn, Batch(inputs, targets), done.losses)
+    finally:
+        set_random_state(before)
+        survey.put_back_attributes()
     reference = floating[0] if floating else next(model.parameters(), torch.empty(0))
     return accumulator.result(
         num_samples, reference, leaves, done.uses, statistics, done.input_grads if of_inputs else None
     )
+
+
+@dataclass
+class _Survey:
+    """What has to be known of the modules, from one walk over them."""
+
+    trainable: dict[str, Tensor]
+    watched: list[nn.Module]
+    batch_norms: list[nn.Module]
+    has_buffers: bool
+    is_compiled: bool
+    attributes: list[tuple[dict[str, Any], dict[str, Any]]]
+
+    def put_back_attributes(self) -> None:
+        """Undo what modules noted in their attributes (an old-style weight norm its weight, with our graph)."""
+        for present, kept in self.attributes:
+            present.clear()
+            present.update(kept)
+
+
+def _survey(model: nn.Module) -> _Survey:
+    found = _Survey({}, [], [], False, False, [])
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        is_trained = False
+        for name, p in module._parameters.items():
+            if p is not None and p.requires_grad:
+                is_trained = True
+                if id(p) not in seen:
+                    seen.add(id(p))
+                    found.trainable[f"{prefix}.{name}" if prefix else name] = p
+        if is_trained and rule_for(module) is not None:
+            found.watched.append(module)
+        if isinstance(module, _BatchNorm):
+            found.batch_norms.append(module)
+        if module._buffers:
+            found.has_buffers = True
+        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+            found.is_compiled = True
+        if module._forward_pre_hooks or module._forward_hooks or not type(module).__module__.startswith("torch.nn."):
+            found.attributes.append((vars(module), dict(vars(module))))
+    return found
 
 
 @dataclass(frozen=True)
@@ -187,147 +210,6 @@ class _Pass:
     losses: Tensor  # of the samples, or their sum
     is_random: bool
     input_grads: list[Tensor]
-
-
-@dataclass
-class GramAccumulator:
-    """Sums what the parameters contribute to the matrix as their gradients come by.
-
-    Args:
-        per_parameter: keep one matrix per parameter too.
-        uses: must be set before the backward pass.
-    """
-
-    per_parameter: bool = False
-    uses: ParameterUses | None = None
-    routes: dict[str, str] = field(default_factory=dict)
-    _total: Tensor | None = None
-    _parts: dict[str, Tensor] = field(default_factory=dict)
-    _collected: dict[str, list[Factor]] = field(default_factory=dict)
-    _is_finished: bool = False
-
-    def on_output_grad(self, call: LayerCall, output_grad: Tensor) -> None:
-        """Take in one call of a layer."""
-        if self.uses is None or self._is_finished or call.is_released:
-            return
-        calls = self.uses.calls
-        names = [own for own, name in call.parameters.items() if name in calls]
-        factors = dict(call.factors(output_grad.unsqueeze(1), names))
-        weight, bias = factors.get("weight"), factors.get("bias")
-        if (
-            isinstance(weight, OuterFactor)
-            and isinstance(bias, RowFactor)
-            and weight.num_positions == 1
-            and not self.per_parameter
-            and all(len(calls[call.parameters[own]]) == 1 for own in ("weight", "bias"))
-        ):
-            # One product of the output gradients serves both.
-            with plain_arithmetic(weight.device_type):
-                self._add_share(call.parameters["weight"], with_bias(weight), "rule")
-            self.routes[call.parameters["bias"]] = "rule"
-            factors = {}
-        for own, factor in factors.items():
-            name = call.parameters[own]
-            collected = self._collected.setdefault(name, [])
-            collected.append(factor)
-            if len(collected) == len(self.uses.calls[name]):
-                self._add(name, self._collected.pop(name), "rule")
-        call.release()
-
-    def finish(self, scale: float = 1.0) -> None:
-        """Take no more calls, those that no gradient came to adding nothing; take every gradient times ``scale``."""
-        self._is_finished = True
-        for name, factors in self._collected.items():
-            self._add(name, factors, "rule")
-        self._collected.clear()
-        if self._total is not None:
-            self._total *= scale**2
-        self._parts = {name: part * scale**2 for name, part in self._parts.items()}
-
-    def add_rows(self, gradients: Mapping[str, Tensor], route: str) -> None:
-        """Take in explicit gradients, name -> [N, *shape]."""
-        for name, rows in gradients.items():
-            rows = rows.detach().reshape(len(rows), 1, -1)
-            self._add(name, [RowFactor(rows.to(torch.promote_types(rows.dtype, torch.float32)))], route)
-
-    def add_formed(
-        self,
-        model: nn.Module,
-        names: frozenset[str],
-        loss_fn: Callable[..., Tensor],
-        batch: Batch,
-        losses: Tensor | None = None,
-    ) -> None:
-        """Form the gradients of some parameters and take them in.
-
-        Args:
-            model: the module.
-            names: the parameters.
-            loss_fn: as for :func:`per_sample_gram`.
-            batch: N samples.
-            losses: the samples' losses in the batch, or their sum, to be compared with those of the samples alone.
-
-        Raises:
-            ValueError: the losses differ.
-        """
-        named = dict(model.named_parameters())
-        bytes_each = {
-            name: batch.num_samples * p.numel() * max(p.element_size(), 4) for name, p in named.items() if name in names
-        }
-        alone = torch.empty(0)
-        for portion in parameter_portions(bytes_each, _PORTION_BYTES):
-            gradients, alone, route = per_sample_gradients(model, portion, loss_fn, batch)
-            self.add_rows(gradients, route)
-        if losses is None or not names:
-            return
-        if losses.dim() == 0:
-            alone = alone.sum()
-        losses = losses.reshape(*alone.shape, -1).sum(-1)
-        error = (losses - alone).abs().max()
-        scale = alone.abs().max() + 1
-        allowed = min(1000 * torch.finfo(losses.dtype).eps, 0.05)
-        if not error <= allowed * scale:
-            raise ValueError(
-                f"the batch's losses differ from those of its samples alone by {error:.3g}, and {sorted(names)} have "
-                f"no layer rule: their gradients are taken sample by sample; return unreduced losses where there are "
-                f"class weights or ignored targets, and set layers that couple samples to evaluation mode."
-            )
-
-    def result(
-        self,
-        num_samples: int,
-        reference: Tensor,
-        names: Iterable[str],
-        uses: ParameterUses,
-        statistics: str,
-        input_grads: list[Tensor] | None = None,
-    ) -> GramResult:
-        """All of it, by the trainable parameters' ``names``; an empty sum has the device and dtype of ``reference``."""
-        routes = {name: "unused" if name in uses.unused else self.routes.get(name, "rule") for name in names}
-        if self._total is not None and input_grads is None and not self.per_parameter:
-            return GramResult(self._total, None, None, routes, statistics)
-        wide = torch.promote_types(reference.dtype if reference.is_floating_point() else torch.float32, torch.float32)
-        zero = torch.zeros(num_samples, num_samples, dtype=wide, device=reference.device)
-        of_inputs: Tensor | None = None
-        if input_grads is not None:
-            rows = [g.detach().to(torch.promote_types(g.dtype, torch.float32)).flatten(1) for g in input_grads]
-            of_inputs = sum((r @ r.T for r in rows), zero)
-        total = zero if self._total is None else self._total
-        parts = None
-        if self.per_parameter:
-            parts = {name: self._parts.get(name, zero) for name in routes}
-        return GramResult(total, of_inputs, parts, routes, statistics)
-
-    def _add(self, name: str, factors: list[Factor], route: str) -> None:
-        with plain_arithmetic(factors[0].device_type):
-            self._add_share(name, inner_products(factors), route)
-
-    def _add_share(self, name: str, share: Tensor, route: str) -> None:
-        share = share[:, 0, :, 0]
-        if self.per_parameter:
-            self._parts[name] = share.clone()
-        self._total = share if self._total is None else self._total.add_(share.to(self._total.device))
-        self.routes[name] = route
 
 
 def statistics_of(modules: Iterable[nn.Module]) -> str:
@@ -347,17 +229,18 @@ def random_state(devices: Iterable[torch.device]) -> dict[str, Tensor]:
     return states
 
 
+def set_random_state(states: Mapping[str, Tensor]) -> None:
+    """Put generators back to where :func:`random_state` found them."""
+    for name, state in states.items():
+        if name == "cpu":
+            torch.set_rng_state(state)
+        else:
+            torch.get_device_module(torch.device(name)).set_rng_state(state, torch.device(name))
+
+
 def is_advanced(before: Mapping[str, Tensor], devices: Iterable[torch.device]) -> bool:
     """Whether one of the generators has been drawn from since."""
     return any(not torch.equal(state, before[name]) for name, state in random_state(devices).items())
-
-
-def _leaves(model: nn.Module) -> tuple[dict[str, Tensor], bool]:
-    """The trainable parameters; aliases of them where the user's hooks would feel that they are differentiated."""
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in trainable.values()):
-        return {name: p.detach().requires_grad_() for name, p in trainable.items()}, True
-    return dict(trainable), False
 
 
 def _differentiable(x: Tensor) -> Tensor:
@@ -428,19 +311,3 @@ def _frozen_statistics(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-@contextmanager
-def _attributes_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """What modules note in their attributes (an old-style weight norm its weight, with our graph) is put back."""
-    attributes = [
-        (vars(module), dict(vars(module)))
-        for module in modules
-        if module._forward_pre_hooks or module._forward_hooks or not type(module).__module__.startswith("torch.nn.")
-    ]
-    try:
-        yield
-    finally:
-        for present, kept in attributes:
-            present.clear()
-            present.update(kept)

@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from torchgeom_optim.geometry.capture import Capture, _in_functional_transform, _private_captures
-from torchgeom_optim.geometry.gram import GramAccumulator, GramResult, is_advanced, random_state, statistics_of
+from torchgeom_optim.geometry.gram import is_advanced, random_state, statistics_of
+from torchgeom_optim.geometry.gram_accumulator import GramAccumulator, GramResult
 from torchgeom_optim.geometry.layer_calls import LayerCall, LayerCalls, ParameterUses, watched_layers
 from torchgeom_optim.geometry.per_sample import Batch
 
