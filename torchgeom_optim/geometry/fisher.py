@@ -25,7 +25,7 @@ def fisher_spectrum(
     variant: FisherVariant = "exact",
     normalisation: Normalisation = "mean",
     tolerance: float | None = None,
-    block_size: int = 4,
+    block_size: int = 2,
     max_products: int | None = None,
     generator: torch.Generator | None = None,
     dtype: torch.dtype | None = torch.float64,

@@ -54,7 +54,7 @@ def top_eigenpairs(
     num: int,
     *,
     tolerance: float = 1e-6,
-    block_size: int = 4,
+    block_size: int = 2,
     max_products: int | None = None,
     num_probes: int = 8,
     generator: torch.Generator | None = None,

@@ -70,8 +70,9 @@ class Spectrum:
     def eigenvectors(self, num: int | None = None) -> Tensor:
         """Unit eigenvectors of the largest eigenvalues, V = J' U S^-1/2 (U, S of J J'), computed when asked for.
 
-        Nothing of the size of the weights is kept: J is asked for products, so the weights and the data must be what
-        they were. Vectors of eigenvalues within a factor of ``roundoff`` are right only as a space.
+        J is asked for products, so the weights and the data must be what they were; a complete spectrum keeps J J' for
+        this. V'V differs from I by up to roundoff / sqrt(lam_i lam_j), and vectors whose eigenvalues differ by less
+        than ``roundoff`` are determined only together: where exact orthogonality matters, take a QR decomposition.
 
         Args:
             num: k, at most ``rank``; by default that.
@@ -132,7 +133,7 @@ def jacobian_spectrum(
     variant: str | None = None,
     normalisation: Normalisation = "mean",
     tolerance: float | None = None,
-    block_size: int = 4,
+    block_size: int = 2,
     max_products: int | None = None,
     num_probes: int = 8,
     generator: torch.Generator | None = None,
@@ -261,13 +262,15 @@ def _product(jacobian: Jacobian) -> Callable[[Tensor], Tensor]:
 def _decompose(jacobian: Jacobian, generator: torch.Generator) -> tuple[Tensor, float, Callable[[int], Tensor]]:
     """Eigenvalues of the smaller matrix, their error, and what gives its eigenvectors."""
     rows, weights = jacobian.shape
+    z = random_signs(min(rows, weights), 2, generator, jacobian.vectors.device)
+    # Before the expensive part, in case there is no room for vectors of the size of the weights; one at a time for it.
+    products = torch.cat([_product(jacobian)(z[:, i : i + 1]) for i in range(2)], 1)
     K = _weight_matrix(jacobian) if weights < rows else jacobian.gram().double()
     if not math.isfinite(float(K.sum())):
         raise ValueError(
             "J J' is not finite: every entry must be. Look for nan or overflow in the weights, or compute in float64."
         )
-    z = random_signs(len(K), 2, generator, K.device)
-    residual = math.sqrt(float((K @ z - _product(jacobian)(z)).square().sum()) / 2)
+    residual = math.sqrt(float((K @ z - products).square().sum()) / 2)
     reflectors = None if weights < rows else _reflectors(jacobian)
     if reflectors is not None:
         K = _without_dependent_rows(K, reflectors)
