@@ -38,9 +38,9 @@ NAME = "what_does_the_gram_matrix_cost"
 BASELINE = "forward + backward"
 # network: batch size, sample shape, rounds, calls per round
 CASES = {
-    "mlp2": (128, (1, 28, 28), 15, 5),
-    "cnn3": (64, (3, 32, 32), 20, 1),
-    "resnet18": (32, (3, 32, 32), 5, 1),
+    "mlp2": (128, (1, 28, 28), 11, 5),
+    "cnn3": (64, (3, 32, 32), 15, 1),
+    "resnet18": (32, (3, 32, 32), 3, 1),
 }
 Batch = tuple[Tensor, Tensor]
 GramOf = Callable[[Batch], "Tensor | None"]

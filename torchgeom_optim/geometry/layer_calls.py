@@ -45,13 +45,22 @@ class LayerCall:
     def __init__(self, rule: LayerRule, module: nn.Module, layer_input: Tensor, output: Tensor) -> None:
         self.module = module
         self.input_shape = layer_input.shape
-        self.output_edge: GradientEdge = get_gradient_edge(output)
-        self.input_edge: GradientEdge | None = get_gradient_edge(layer_input) if layer_input.requires_grad else None
+        self.output_node: Node | None = output.grad_fn
+        self.input_node: Node | None = layer_input.grad_fn
+        if self.input_node is None and layer_input.requires_grad:
+            self.input_node = get_gradient_edge(layer_input).node
+        self._output_nr = output.output_nr
         self.parameters: dict[str, str] = {}  # the layer's own name -> the model's name
         self._rule = rule
         self._input: Tensor | None = layer_input
         self._version = layer_input._version
         self._training = module.training
+
+    @property
+    def output_edge(self) -> GradientEdge:
+        """Where in autograd's graph the gradient at the output arrives, whatever is done to the output in place."""
+        assert self.output_node is not None
+        return GradientEdge(self.output_node, self._output_nr)
 
     def factors(self, output_grads: Tensor, names: Iterable[str]) -> Mapping[str, Factor]:
         """What this call adds to the per-sample gradients of some of its parameters, by the layer's names for them.
@@ -198,7 +207,7 @@ class LayerCalls:
         Returns:
             how each of them was used.
         """
-        call_at = {call.output_edge.node: call for call in self.calls}
+        call_at = {call.output_node: call for call in self.calls}
         other: set[str] = set()
         reached: list[LayerCall] = []
         last: list[LayerCall] = []
@@ -208,13 +217,17 @@ class LayerCalls:
             node, is_done = stack.pop()
             call = call_at.get(node)
             if call is None:
-                below = [below for below, _ in node.next_functions if below is not None]
+                below = [n for n, _ in node.next_functions if n is not None]
             else:
-                below = [call.input_edge.node] if call.input_edge is not None else []
+                below = [] if call.input_node is None else [call.input_node]
             if is_done:
-                has_call_below[node] = any(n in call_at or has_call_below[n] for n in below)
-                if call is not None and not has_call_below[node]:
-                    last.append(call)
+                for n in below:
+                    if n in call_at or has_call_below[n]:
+                        has_call_below[node] = True
+                        break
+                else:
+                    if call is not None:
+                        last.append(call)
             elif node not in has_call_below:
                 has_call_below[node] = False
                 if call is not None:
