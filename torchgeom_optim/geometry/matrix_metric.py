@@ -15,7 +15,7 @@ from torch import Tensor
 
 from torchgeom_optim.geometry.metric import Block, LayerMetric, LayerVector, MetricSolution
 
-__all__ = ["ExactMetric", "KroneckerMetric", "pi_split", "relative_split"]
+__all__ = ["ExactMetric", "KroneckerMetric", "cholesky_product", "kronecker_product", "pi_split", "relative_split"]
 
 
 def pi_split(input_factor: Tensor, output_factor: Tensor, damping: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -108,21 +108,14 @@ class KroneckerMetric(LayerMetric):
         return "unit" if self.input_factor.dim() > 2 else "weight"
 
     def apply(self, vector: LayerVector) -> LayerVector:  # noqa: D102
-        return self._between(self.output_factor, vector, self.input_factor)
+        return kronecker_product(self.output_factor, vector, self.input_factor)
 
     def solve(self, gradient: LayerVector) -> MetricSolution:  # noqa: D102
-        return MetricSolution(self._between(self.output_inverse, gradient, self.input_inverse), self)
+        return MetricSolution(kronecker_product(self.output_inverse, gradient, self.input_inverse), self)
 
     def smallest_pivot(self) -> Tensor:
         """The smallest of A's and B's; waits for the device if a factor is not positive definite."""
         return torch.minimum(_smallest_pivot(self.input_factor), _smallest_pivot(self.output_factor))
-
-    def _between(self, left: Tensor, vector: LayerVector, right: Tensor) -> LayerVector:
-        rows = _rows(vector).to(right.dtype)
-        rows = rows.view(len(right), -1, rows.shape[-1])
-        rows = rows * right[:, None] if right.dim() == 2 else rows @ right
-        rows = rows * left[:, :, None] if left.dim() == 2 else left @ rows
-        return _from_rows(rows.flatten(0, 1), vector)
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,14 +156,44 @@ class ExactMetric(LayerMetric):
         return _from_rows((self.matrix @ blocks).view(rows.shape), vector)
 
     def solve(self, gradient: LayerVector) -> MetricSolution:  # noqa: D102
-        rows = _rows(gradient)
-        blocks = rows.reshape(len(self.matrix), -1, 1).to(self.matrix.dtype)
-        u = torch.cholesky_solve(blocks, self.cholesky)
-        return MetricSolution(_from_rows(u.view(rows.shape), gradient), self)
+        return MetricSolution(cholesky_product(self.cholesky, gradient), self)
 
     def smallest_pivot(self) -> Tensor:
         """The smallest of all matrices; waits for the device if one of them is not positive definite."""
         return _smallest_pivot(self.matrix)
+
+
+def kronecker_product(left: Tensor, vector: LayerVector, right: Tensor) -> LayerVector:
+    """L D R, per group of rows of D = [d_W, d_b].
+
+    Args:
+        left: shape [groups, m / groups, m / groups], or a diagonal [groups, m / groups].
+        vector: d.
+        right: symmetric, shape [groups, q, q], or a diagonal [groups, q].
+
+    Returns:
+        The product in the form of d.
+    """
+    rows = _rows(vector).to(right.dtype)
+    rows = rows.view(len(right), -1, rows.shape[-1])
+    rows = rows * right[:, None] if right.dim() == 2 else rows @ right
+    rows = rows * left[:, :, None] if left.dim() == 2 else left @ rows
+    return _from_rows(rows.flatten(0, 1), vector)
+
+
+def cholesky_product(cholesky: Tensor, vector: LayerVector) -> LayerVector:
+    """(L L^T)^-1 d.
+
+    Args:
+        cholesky: L, lower triangular, shape [1, m q, m q] or [m, q, q].
+        vector: d.
+
+    Returns:
+        The product in the form of d.
+    """
+    rows = _rows(vector)
+    blocks = rows.reshape(len(cholesky), -1, 1).to(cholesky.dtype)
+    return _from_rows(torch.cholesky_solve(blocks, cholesky).view(rows.shape), vector)
 
 
 def _rows(vector: LayerVector) -> Tensor:

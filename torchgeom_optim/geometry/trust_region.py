@@ -17,7 +17,16 @@ from torch import Tensor
 
 from torchgeom_optim.geometry.metric import Block, BlockValues, LayerVector, scale_blocks
 
-__all__ = ["BlockStep", "Eigenpairs", "GeodesicStep", "block_step", "eigenpairs", "geodesic_step", "network_sum"]
+__all__ = [
+    "BlockStep",
+    "Eigenpairs",
+    "GeodesicStep",
+    "block_step",
+    "eigenpairs",
+    "geodesic_step",
+    "inverse_lengths",
+    "network_sum",
+]
 
 _MOST_ITERATIONS = 100
 
@@ -95,16 +104,26 @@ def block_step(
     kind: Block = "layer" if block == "network" else block
     if block == "network" and norms_sq:
         norms_sq = [network_sum(norms_sq)] * len(directions)
-    scales = [tuple(_inverse_root(norm_sq + eps) * length for norm_sq in values) for values in norms_sq]
+    scales = [tuple(factor * length for factor in inverse_lengths(values, eps)) for values in norms_sq]
     steps = [
         scale_blocks(u, tuple(-factor for factor in scale), kind) for u, scale in zip(directions, scales, strict=True)
     ]
     return BlockStep(steps, scales)
 
 
-def _inverse_root(x: Tensor) -> Tensor:
-    """1 / sqrt(x), and 0 for 0; NaN stays NaN."""
-    return torch.where(x == 0, 0.0, x.rsqrt())
+def inverse_lengths(norms_sq: BlockValues, eps: float) -> BlockValues:
+    """1 / sqrt(eps + E_b) of every block, and 0 in the place of 1 / 0; NaN stays NaN.
+
+    Args:
+        norms_sq: E_b.
+        eps: as in :func:`block_step`.
+
+    Returns:
+        One number per block.
+    """
+    if eps > 0:
+        return tuple((norm_sq + eps).rsqrt_() for norm_sq in norms_sq)
+    return tuple(norm_sq.rsqrt().masked_fill_(norm_sq == 0, 0.0) for norm_sq in norms_sq)
 
 
 class Eigenpairs(NamedTuple):
