@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchgeom_optim.optimizers import WhiteningSGD
+from torchgeom_optim.optimizers import BlockNaturalGradient, WhiteningSGD
 
 NAN, INF = math.nan, math.inf
 Refusal = tuple[dict[str, Any], type[Exception], str]
@@ -43,6 +43,20 @@ _WHITENING_ONCE: list[Refusal] = [  # not hyper-parameters of a group
     *[({"loss_scale": value}, ValueError, "loss_scale=.*must be in") for value in (NAN, INF, 0.0, -1.0)],
 ]
 
+_NATURAL_REFUSALS: list[Refusal] = [
+    *[refusal for refusal in _WHITENING_REFUSALS if "rule" not in refusal[0]],  # which is a key of groups alone
+    *[({"eps": value}, ValueError, "eps=.*must be in") for value in (NAN, INF, -0.1)],
+    *[({"norm_decay": value}, ValueError, "norm_decay=.*must be in") for value in (NAN, INF, -0.1, 1.0)],
+]
+_NATURAL_ONCE: list[Refusal] = [
+    *_WHITENING_ONCE,
+    *[({"metric": value}, ValueError, "metric=.*must be one of") for value in ("adam", None)],
+    *[({"block": value}, ValueError, "block=.*must be one of") for value in ("row", None)],
+    ({"block": "weight"}, ValueError, "couples the parameters of one layer"),
+    ({"inverse_interval": NAN}, TypeError, "inverse_interval=.*whole number"),
+]
+_FLAGS = ("whitens", "has_statistics", "pools_calls", "sees_output_grads", "is_linear")
+
 
 @dataclass(frozen=True)
 class OptimizerCase:
@@ -55,6 +69,8 @@ class OptimizerCase:
         whitens: whether layers get another step than plain SGD's.
         has_statistics: whether it has to see a layer's inputs before it can step.
         pools_calls: whether gradient accumulation gives what one large batch gives.
+        sees_output_grads: whether it looks at the gradients at a layer's outputs, of the first pass to arrive.
+        is_linear: whether the direction is linear in ``p.grad``.
         refuses: (kwargs, exception, message): values that it must refuse, as default and in a group.
         refuses_once: the same for arguments of the constructor alone.
     """
@@ -65,6 +81,8 @@ class OptimizerCase:
     whitens: bool = True
     has_statistics: bool = True
     pools_calls: bool = True
+    sees_output_grads: bool = False
+    is_linear: bool = True
     refuses: list[Refusal] = field(default_factory=list)
     refuses_once: list[Refusal] = field(default_factory=list)
 
@@ -77,18 +95,48 @@ class OptimizerCase:
 
 
 def _whitening(name: str, **settings: Any) -> OptimizerCase:
-    flags = {key: settings.pop(key) for key in ("whitens", "has_statistics", "pools_calls") if key in settings}
+    flags = {key: settings.pop(key) for key in _FLAGS if key in settings}
     return OptimizerCase(
         name, WhiteningSGD, settings, refuses=_WHITENING_REFUSALS, refuses_once=_WHITENING_ONCE, **flags
+    )
+
+
+def _natural(name: str, metric: str, block: str, **settings: Any) -> OptimizerCase:
+    output_grads = metric in ("kronecker", "exact")
+    return OptimizerCase(
+        f"natural_{name}",
+        BlockNaturalGradient,
+        {"metric": metric, "block": block, **settings},
+        has_statistics=output_grads or metric == "whitening",
+        sees_output_grads=output_grads,
+        is_linear=False,
+        refuses=_NATURAL_REFUSALS,
+        refuses_once=_NATURAL_ONCE,
     )
 
 
 OPTIMIZER_CASES = [
     _whitening("whitening", lr=0.02),
     _whitening("whitening_momentum", lr=0.02, momentum=0.9, nesterov=True, weight_decay=1e-3),
-    _whitening("second_order", lr=0.001, momentum=0.5, dampening=0.1, rule="whitening_second_order", pools_calls=False),
+    _whitening(
+        "second_order",
+        lr=0.001,
+        momentum=0.5,
+        dampening=0.1,
+        rule="whitening_second_order",
+        pools_calls=False,
+        sees_output_grads=True,
+    ),
     _whitening("fan_in", lr=0.05, momentum=0.9, rule="fan_in"),
     _whitening("sgd", lr=0.02, momentum=0.9, rule="sgd", whitens=False, has_statistics=False),
+    _natural("kronecker", "kronecker", "layer", lr=0.002, damping=0.1, momentum=0.9, inverse_interval=2),
+    _natural("kronecker_unit", "kronecker", "unit", lr=0.002, factor_interval=2, weight_decay=1e-3),
+    _natural("kronecker_network", "kronecker", "network", lr=0.002, damping=0.1, momentum=0.5, dampening=0.1),
+    _natural("whitening", "whitening", "unit", lr=0.01, momentum=0.9, nesterov=True),
+    _natural("quasi_diagonal", "quasi_diagonal", "unit", lr=1e-4, damping=0.1),
+    _natural("diagonal", "diagonal", "layer", lr=1e-4, momentum=0.9),
+    _natural("rmsprop", "identity", "weight", lr=0.002, norm_start="zero", weight_decay=1e-3),
+    _natural("normalized_sgd", "identity", "network", lr=0.02, norm_decay=0.0),
 ]
 
 

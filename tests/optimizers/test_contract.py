@@ -163,7 +163,7 @@ def test_the_forward_and_backward_pass_stay_as_they_are(case: OptimizerCase):
         torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=0)
 
 
-@every_case
+@pytest.mark.parametrize("case", [case for case in OPTIMIZER_CASES if case.is_linear], ids=repr)
 def test_the_step_follows_the_gradients_that_it_finds(case: OptimizerCase):
     """Clipping, and anything else that edits ``p.grad``, works as with SGD: the direction is linear in them."""
     moves = []
