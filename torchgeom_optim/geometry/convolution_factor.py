@@ -1,15 +1,18 @@
 r"""Per-sample gradients of a convolution's weight, and the routes to their inner products.
 
 A convolution is a linear layer on patches, n = channels * kernel numbers each, which outweigh its input by the kernel's
-size: which route is best depends on more than multiplications. Measured on one CPU thread (float32, 3x3 kernels, N
-images of H x H, milliseconds), beside a plain backward pass for the weight, which forms no per-sample gradients:
+size: which route is best depends on more than multiplications. Measured on one thread of a shared CPU (float32, 3x3
+kernels, N images of H x H, milliseconds, best of 3 to 7 repeats, rows from separate runs), beside a plain backward pass for
+the weight, which forms no per-sample gradients:
 
-    N, channels, outputs, H             64, 32, 64, 16   32, 64, 64, 32   32, 256, 256, 8   32, 512, 512, 4
-    plain backward for the weight              9               29                28                 35
-    patches, gradients first                  18               85                85                420
-    grouped convolution, gradients first      15               41               258                750
-    positions first                            -                -               300                 51
-    pixels first                               -                -               180                 16
+    N, channels, outputs, H                64, 32, 64, 16   32, 64, 64, 32   32, 256, 256, 8   32, 512, 512, 4
+    plain backward for the weight                 9               29                28                 35
+    patches, gradients first                     14               48                57                420 (*)
+    grouped convolution, gradients first         15               35               176                750
+    positions first                               -                -               302                 51
+    pixels first                                  -                -               180                 16
+
+(*) with channels first, whole weight at once; not measured again in the present form.
 """
 
 from __future__ import annotations
