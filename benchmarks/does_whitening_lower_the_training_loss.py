@@ -4,8 +4,8 @@ Lafond, Vasilache and Bottou (2017), Fig. 2, in small: plain SGD, SGD with steps
 normalization, and whitening, each at the best of a learning-rate grid; SGD with momentum and Adam stand beside them.
 
 The grid of a method (half-decades) is searched with the first seed and grows until its best lies inside; the best
-is then run with every seed. A run that diverges counts with an infinite loss. Loss: mean cross-entropy over all training images after the last epoch, in
-evaluation mode. Constant learning rate, no weight decay, one thread per run.
+is then run with every seed. A run that diverges counts with an infinite loss. Loss: mean cross-entropy over all
+training images after the last epoch, in evaluation mode. Constant learning rate, no weight decay, one thread per run.
 """
 
 from __future__ import annotations

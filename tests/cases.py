@@ -55,7 +55,7 @@ _NATURAL_ONCE: list[Refusal] = [
     ({"block": "weight"}, ValueError, "couples the parameters of one layer"),
     ({"inverse_interval": NAN}, TypeError, "inverse_interval=.*whole number"),
 ]
-_FLAGS = ("whitens", "has_statistics", "pools_calls", "sees_output_grads", "is_linear")
+_FLAGS = ("whitens", "has_statistics", "sees_output_grads", "is_linear")
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,6 @@ class OptimizerCase:
         kwargs: settings, a learning rate among them that trains the networks of these tests.
         whitens: whether layers get another step than plain SGD's.
         has_statistics: whether it has to see a layer's inputs before it can step.
-        pools_calls: whether gradient accumulation gives what one large batch gives.
         sees_output_grads: whether it looks at the gradients at a layer's outputs, of the first pass to arrive.
         is_linear: whether the direction is linear in ``p.grad``.
         refuses: (kwargs, exception, message): values that it must refuse, as default and in a group.
@@ -80,7 +79,6 @@ class OptimizerCase:
     kwargs: dict[str, Any]
     whitens: bool = True
     has_statistics: bool = True
-    pools_calls: bool = True
     sees_output_grads: bool = False
     is_linear: bool = True
     refuses: list[Refusal] = field(default_factory=list)
@@ -124,7 +122,6 @@ OPTIMIZER_CASES = [
         momentum=0.5,
         dampening=0.1,
         rule="whitening_second_order",
-        pools_calls=False,
         sees_output_grads=True,
     ),
     _whitening("fan_in", lr=0.05, momentum=0.9, rule="fan_in"),

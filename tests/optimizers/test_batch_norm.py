@@ -158,18 +158,6 @@ def test_refusals_name_the_norm_and_change_nothing(name):
     assert (optimizer.param_groups[0]["rule"], optimizer.param_groups[0]["lr"]) == ("sgd", 0.1)
 
 
-@pytest.mark.xfail(strict=True, reason="a trace has no shapes: the axis that the norm normalizes is not known")
-def test_a_norm_over_the_positions_of_a_linear_layer_is_refused():
-    model = with_statistics(nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4)))
-    x = torch.randn(3, 4, 5, dtype=torch.float64)  # 4 positions, which the norm takes for its 4 channels
-    before = model(x)
-    try:
-        fold_batch_norm(model)
-    except ValueError:
-        return
-    torch.testing.assert_close(model(x), before)
-
-
 # -- the switch of App. E ----------------------------------------------------------------------------------------
 
 

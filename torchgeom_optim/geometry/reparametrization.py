@@ -96,33 +96,33 @@ def reparametrized_gradient(
         dW and db (None without a bias gradient) in the dtype of the gradients; computed in float32 or better.
     """
     gradient = at_least_float32(weight_grad)
+    b = None if bias_grad is None else at_least_float32(bias_grad)
     m, has_kernel = len(gradient), gradient.dim() > 2
     if has_kernel:
         gradient = gradient.reshape(m, gradient.shape[1], -1)
+    if isinstance(output_scale, Tensor):  # Eq. (3) is linear in what a unit receives
+        gradient = gradient * output_scale.view(m, *[1] * (gradient.dim() - 1))
+        b = None if b is None else b * output_scale
+        output_scale = 1.0
     factor = _per_unit(scale, m, groups, has_kernel) if isinstance(scale, Tensor) else scale
-    if isinstance(output_scale, Tensor):
-        factor = factor * output_scale.view(m, *[1] * (gradient.dim() - 1))
-    if bias_grad is None or input_mean is None:
+    if b is None or input_mean is None:
         delta = gradient * factor
-        bias_step = None if bias_grad is None else (bias_grad * output_scale).to(bias_grad.dtype)
-    else:
-        b = at_least_float32(bias_grad)
-        if has_kernel:
-            mu = _per_unit(input_mean, m, groups, has_kernel)
-            delta = torch.addcmul(gradient, b.view(m, 1, 1), mu, value=-1).mul_(factor)
-            summed = delta.sum(-1)
-        else:
-            summed = delta = torch.addr(gradient, b, input_mean, alpha=-1).mul_(factor)
-        if groups > 1:
-            bias_step = b * output_scale - torch.linalg.vecdot(summed, mu.squeeze(-1))
-        elif isinstance(output_scale, Tensor):
-            bias_step = torch.addmv(b * output_scale, summed, input_mean, alpha=-1)
-        else:
+        bias_step = None if b is None else b * output_scale
+    elif has_kernel:
+        mu = _per_unit(input_mean, m, groups, has_kernel)
+        delta = torch.addcmul(gradient, b.view(m, 1, 1), mu, value=-1).mul_(factor)
+        summed = delta.sum(-1)
+        if groups == 1:
             bias_step = torch.addmv(b, summed, input_mean, beta=output_scale, alpha=-1)
-        bias_step = bias_step.to(bias_grad.dtype)
+        else:
+            bias_step = b * output_scale - torch.linalg.vecdot(summed, mu.squeeze(-1))
+    else:
+        delta = torch.addr(gradient, b, input_mean, alpha=-1).mul_(factor)
+        bias_step = torch.addmv(b, delta, input_mean, beta=output_scale, alpha=-1)
     if has_kernel:
         delta = delta.view(weight_grad.shape)
-    return delta.to(weight_grad.dtype), bias_step
+    # Weight and bias are in one precision, as a layer cannot be called otherwise.
+    return delta.to(weight_grad.dtype), None if bias_step is None else bias_step.to(weight_grad.dtype)
 
 
 def _per_unit(values: Tensor, m: int, groups: int, has_kernel: bool) -> Tensor:

@@ -32,6 +32,8 @@ def fold_batch_norm(model: nn.Module) -> list[FoldedBatchNorm]:
 
     with the running mean m and variance v: in evaluation mode the outputs stay as they are (up to rounding), and each
     normalization becomes an ``nn.Identity``. A layer without a bias gets one. Parameters keep their identity.
+    A norm after a linear layer is taken to normalize the layer's outputs: a trace has no shapes to tell it from one
+    over the positions of a sequence.
     Source: the switch of Lafond, Vasilache and Bottou 2017, App. E, which does not say how the scales are kept.
 
     Args:

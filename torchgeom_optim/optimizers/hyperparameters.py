@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,7 +33,7 @@ def check_range(
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name} ({where}): got a tensor of shape {tuple(value.shape)}; need one element. {hint}")
-    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+    elif isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}={value!r} ({where}): got {type(value).__name__}; need a number. {hint}")
     if not (low <= float(value) < high and math.isfinite(value)):
         bracket = "(" if low == -math.inf else "["

@@ -28,12 +28,14 @@ class SeenCall(NamedTuple):
         output_grad_sq: mean of g^2 over samples and positions, [m], as autograd scaled it.
         num_samples: in the call; positions of a sequence count as samples.
         num_applications: of the weights: samples times positions.
+        backward_pass: number of the backward pass that reached it.
     """
 
     moments: Moments | None
     output_grad_sq: Tensor | None
     num_samples: int
     num_applications: int
+    backward_pass: int
 
 
 class LayerCall:
@@ -86,7 +88,10 @@ class LayerCall:
         output_grad_sq = None
         if self._with_output_grads:
             output_grad_sq = channel_moments(output_grad, self._layer.channel_axis).about_zero().variance
-        self._layer.count(SeenCall(self._moments, output_grad_sq, self._num_samples, self._num_applications))
+        backward_pass = torch._C._current_graph_task_id()
+        self._layer.count(
+            SeenCall(self._moments, output_grad_sq, self._num_samples, self._num_applications, backward_pass)
+        )
 
 
 @dataclass(eq=False)
@@ -96,7 +101,7 @@ class AffineLayer:
     Attributes:
         modules: more than one where modules share the weight.
         weight: shape [m, n / groups, *kernel], or [n, m] for an embedding, whose inputs are one-hot.
-        bias: takes part in Eq. (3) only if it belongs to exactly one module and is optimized by the same rule.
+        bias: takes part in Eq. (3) only if it belongs to exactly one module and is not left to plain SGD.
         free_biases: biases of modules that share a weight; the inputs' mean cannot be moved into these.
         calls: the calls since the last step that a backward pass has reached.
     """
@@ -109,7 +114,7 @@ class AffineLayer:
 
     def __post_init__(self) -> None:
         module = self.modules[0]
-        self._backward_pass = -1
+        self._grad_version: int | None = None
         self.parameters = [p for p in (self.weight, self.bias, *self.free_biases) if p is not None]
         self.is_embedding = isinstance(module, nn.Embedding)
         self.spatial_axes = len(module.kernel_size) if isinstance(module, _CONVOLUTIONS) else 0
@@ -123,10 +128,14 @@ class AffineLayer:
 
     def count(self, call: SeenCall) -> None:
         """Take a call into account; where gradients start anew, those of a step that was skipped are forgotten."""
-        backward_pass = torch._C._current_graph_task_id()
-        if backward_pass != self._backward_pass and self.calls and all(p.grad is None for p in self.parameters):
-            self.calls.clear()
-        self._backward_pass = backward_pass
+        grad = next((p.grad for p in self.parameters if p.requires_grad), None)
+        version = None if grad is None else grad._version
+        if self.calls and self.calls[-1].backward_pass != call.backward_pass:
+            # Accumulation leaves a new gradient at version 0 and raises it by one; zeroing raises it in between.
+            before = self._grad_version
+            if version not in ((0,) if before is None else (before, before + 1)):
+                self.calls.clear()
+        self._grad_version = version
         self.calls.append(call)
 
     @property
@@ -135,9 +144,8 @@ class AffineLayer:
         return self.bias is not None and self.bias.grad is not None and self.weight.grad is not None
 
     def batch_moments(self) -> Moments:
-        """Moments of this step's inputs, all calls pooled; about 0, with mean 0, if not centred."""
-        batch = pooled_moments([call.moments for call in self.calls if call.moments is not None])
-        return batch if self.is_centred else batch.about_zero()
+        """Moments of this step's inputs, all calls pooled."""
+        return pooled_moments([call.moments for call in self.calls if call.moments is not None])
 
     def sharing(self) -> float:
         """At how many positions s a weight is applied, per sample."""
@@ -148,14 +156,14 @@ class AffineLayer:
 
     def output_grad_sq(self, *, mean_reduction: bool) -> Tensor:
         """E[g_j^2] of this step; under mean reduction hooks deliver g / N, which is undone."""
+        # N is that of the whole step, so that k passes with loss / k count like one pass with all samples.
+        samples: dict[int, int] = {}
+        for call in self.calls:
+            samples[call.backward_pass] = max(call.num_samples, samples.get(call.backward_pass, 0))
+        factor = sum(samples.values()) ** 2 if mean_reduction else 1
         total = sum(call.num_applications for call in self.calls)
-        return torch.stack(
-            [
-                call.output_grad_sq * (call.num_applications / total * (call.num_samples**2 if mean_reduction else 1))
-                for call in self.calls
-                if call.output_grad_sq is not None
-            ]
-        ).sum(0)
+        parts = [(call.output_grad_sq, call.num_applications / total * factor) for call in self.calls]
+        return torch.stack([part * weight for part, weight in parts if part is not None]).sum(0)
 
     def reparametrize(
         self,
@@ -169,9 +177,9 @@ class AffineLayer:
         if weight_grad is None:
             return None, None if bias_grad is None else (bias_grad * output_scale).to(bias_grad.dtype)
         if self.is_embedding:  # the inputs stand in the rows, and there is no bias
-            scale = scale[:, None] if isinstance(scale, Tensor) else scale
-            scale = scale * output_scale if isinstance(output_scale, Tensor) else scale
-            return (weight_grad * scale).to(weight_grad.dtype), None
+            step = weight_grad * (scale[:, None] if isinstance(scale, Tensor) else scale)
+            step = step * output_scale if isinstance(output_scale, Tensor) else step
+            return step.to(weight_grad.dtype), None
         return reparametrized_gradient(weight_grad, bias_grad, input_mean, scale, output_scale, self.groups)
 
 
@@ -193,6 +201,8 @@ def find_affine_layers(
     for module in model.modules():
         weight: Tensor | None = module._parameters.get("weight") if isinstance(module, _KNOWN_LAYERS) else None
         if weight is None:  # unknown, or parametrized: the optimized tensors are not the layer's weight
+            held = f"held by {type(module).__name__}, which has no rule"
+            refused.update((p, held) for p in module.parameters(recurse=False))
             continue
         reason = _why_not(module)
         if module in in_attention:

@@ -95,6 +95,7 @@ class LayerwiseOptimizer(Optimizer):
     def _watch_layers(self) -> None:
         """Find the layers of the model anew, keep what is known of them, and hook them."""
         calls = {layer.weight: layer.calls for layer in self._layers}
+        self._watched_rules = [group["rule"] for group in self.param_groups]
         self._group_of_parameter = {p: group for group in self.param_groups for p in group["params"]}
         self._layers, self._refused = [], dict[Tensor, str]()
         if self._model is not None:
@@ -145,14 +146,18 @@ class LayerwiseOptimizer(Optimizer):
     # -- what the passes tell ------------------------------------------------------------------------------------
 
     def _on_call(self, module: nn.Module, x: Tensor, y: Tensor) -> Callable[[Tensor], None] | None:
-        if y.numel() == 0:  # of an empty batch there are no moments
+        layer = self._layer_of.get(module)
+        if (
+            layer is None or y.numel() == 0
+        ):  # a shallow copy of a layer carries its hooks; an empty batch has no moments
             return None
-        layer = self._layer_of[module]
         moments, output_grads = self._wants(self._group_of[layer]["rule"])
         if len(self._open_calls) > 8 * len(self._layers) + 64:  # passes with gradients that were never differentiated
             self._open_calls[:] = [reference for reference in self._open_calls if reference() is not None]
         call = LayerCall(layer, x, y, self._open_calls, with_moments=moments, with_output_grads=output_grads)
-        if activations_are_not_kept():
+        if activations_are_not_kept() or torch.is_autocast_enabled(
+            x.device.type
+        ):  # autograd keeps another copy, or none
             call.summarise()
         return call.on_output_grad
 
@@ -162,8 +167,16 @@ class LayerwiseOptimizer(Optimizer):
         Args:
             set_to_none: as in torch.
         """
+        self._follow_rules()
         self._forget_calls()
         super().zero_grad(set_to_none)
+
+    def _follow_rules(self) -> None:
+        """Watch the layers anew where the rule of a group has been changed by hand."""
+        if self._watched_rules != [group["rule"] for group in self.param_groups]:
+            for index, group in enumerate(self.param_groups):
+                self._check_group(group, f"group {index}")
+            self._watch_layers()
 
     def _forget_calls(self) -> None:
         for layer in self._layers:
@@ -191,10 +204,13 @@ class LayerwiseOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._follow_rules()
+        active = [layer for layer in self._layers if any(p.grad is not None for p in layer.parameters)]
+        self._check_calls(active)
         with torch.no_grad():
-            active = [layer for layer in self._layers if any(p.grad is not None for p in layer.parameters)]
-            self._check_calls(active)
-            directions = self._directions(active)
+            device_type = next((p.device.type for group in self.param_groups for p in group["params"]), "cpu")
+            with torch.autocast(device_type, enabled=False):
+                directions = self._directions(active)
             for group in self.param_groups:
                 self._descend(group, directions)
         self._forget_calls()
@@ -212,12 +228,12 @@ class LayerwiseOptimizer(Optimizer):
                 )
         heard = any(layer.calls for layer in active)
         for layer in active:
-            if layer.calls or (heard and self.state.get(layer.weight)):  # one that sat out goes by what is known of it
+            if layer.calls or (heard and self.state.get(layer.weight)):  # one that sat out goes by what is known
                 continue
             names = {module: name for name, module in self._model.named_modules()} if self._model is not None else {}
             raise RuntimeError(
-                f"layer {names.get(layer.modules[0])!r} has a gradient, but no pass with gradients went through it since the "
-                "last step, so its inputs are not known; need a forward and a backward pass of the model per step. "
+                f"layer {names.get(layer.modules[0])!r} has a gradient, but no pass with gradients went through it "
+                "since the last step, so its inputs are not known; need a forward and a backward pass per step. "
                 "If the model is compiled, build the optimizer before the compiled model's first call, or call "
                 "torch.compiler.reset() after building it. If the weight is used without calling its layer, "
                 "put its parameters into a group with rule='sgd'. Nothing was changed."
@@ -279,6 +295,8 @@ class LayerwiseOptimizer(Optimizer):
             for index in group["params"] if version == 0 else ():
                 if owner.get(index) in in_layers and "momentum_buffer" in state.get(index, {}):
                     state[index]["gradient_momentum"] = state[index].pop("momentum_buffer")
+        for index, group in enumerate(groups):
+            self._check_group(group, f"group {index} of the checkpoint")
         groups += saved[len(groups) :]
         super().load_state_dict({**state_dict, "state": state, "param_groups": groups})
         for index, p in owner.items():  # torch casts to the parameter's dtype, which is too coarse for these
@@ -296,8 +314,9 @@ class LayerwiseOptimizer(Optimizer):
                 value = values.get(key)
                 if isinstance(value, Tensor) and tuple(value.shape) != need:
                     raise ValueError(
-                        f"got a checkpoint with {key} of shape {tuple(value.shape)} for a parameter of shape {tuple(p.shape)}; "
-                        f"need {need}: it is of another model, or its groups are in another order. Nothing was changed."
+                        f"got a checkpoint with {key} of shape {tuple(value.shape)} for a parameter of shape "
+                        f"{tuple(p.shape)}; need {need}: it is of another model, or its groups are in another order. "
+                        "Nothing was changed."
                     )
 
     def __getstate__(self) -> dict[str, Any]:

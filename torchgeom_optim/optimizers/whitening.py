@@ -21,6 +21,7 @@ __all__ = ["Rule", "WhiteningSGD"]
 
 Rule = Literal["whitening", "whitening_second_order", "fan_in", "sgd"]
 _WHITENED = ("whitening", "whitening_second_order")
+_MAX_CONSTANTS = 32
 
 
 class WhiteningSGD(LayerwiseOptimizer):
@@ -58,12 +59,15 @@ class WhiteningSGD(LayerwiseOptimizer):
     convolutions (1d to 3d, groups) and embeddings have a rule; everything else takes a plain SGD step.
     :meth:`report` says which parameter gets which.
 
+    The bias of a layer belongs into a group with the learning rate of its weight: db moves the inputs' mean out of dW.
+
     Memory: two vectors of the length of a layer's input per layer (``"whitening_second_order"``: and one of its
     output), in float32 or better, in ``state`` beside the weight.
 
     A call of a layer counts if a backward pass reaches its output, whatever ``training`` says. With a
-    ``GradScaler`` a skipped step leaves the statistics as they were. Under ``torch.compile`` build the optimizer before
-    the first call of the compiled model, so that its hooks are compiled in.
+    ``GradScaler`` a skipped step leaves the statistics as they were; ``"whitening_second_order"`` has to be told its
+    scale. Under ``torch.compile`` build the optimizer before the first call of the compiled model, so that it sees the
+    layers; each one then ends a compiled graph.
 
     Args:
         params: a model, or parameters or groups of them as for any optimizer (named ones too).
@@ -197,20 +201,21 @@ class WhiteningSGD(LayerwiseOptimizer):
             past = None
             if "input_mean" in state:
                 past = Moments(0, state["input_mean"], state["input_variance"])
-                past = past if layer.is_centred else past.about_zero()
             batch = layer.batch_moments() if layer.calls else past  # or it sat this step out
             assert batch is not None  # else the step was refused
-            key = (group["decay"], group["damping"], batch.mean.dtype, batch.mean.device)
+            if past is not None and past.mean.dtype != batch.mean.dtype:  # the model was put into another precision
+                past = Moments(0, past.mean.to(batch.mean.dtype), past.variance.to(batch.mean.dtype))
+            key = (group["decay"], group["damping"], layer.is_centred, batch.mean.dtype, batch.mean.device)
             alike[key].append((layer, past or batch, batch))
         scales: dict[AffineLayer, Tensor] = {}
-        for (decay, damping, dtype, device), rows in alike.items():
+        for (decay, damping, is_centred, dtype, device), rows in alike.items():
             joined, pasts, batches = zip(*rows, strict=True)
             sizes = tuple(layer.num_inputs for layer in joined)
             factors = tuple(1.0 if isinstance(beta_sq[layer], Tensor) else beta_sq[layer] for layer in joined)
             place, factor = self._joined_constants(sizes, factors, dtype, device)
             batch = _joined(batches)
             running = running_moments(_joined(pasts), batch, decay)
-            q = guarded_second_moment(running, batch)
+            q = guarded_second_moment(*(m if is_centred else m.about_zero() for m in (running, batch)))
             floors = torch.stack([part.mean() for part in torch.split(q, list(sizes))]) * damping
             scale = precision(q, floors.index_select(0, place)).mul_(factor)
             parts = (torch.split(vector, list(sizes)) for vector in (running.mean, running.variance, scale))
@@ -222,9 +227,11 @@ class WhiteningSGD(LayerwiseOptimizer):
     def _joined_constants(
         self, sizes: tuple[int, ...], factors: tuple[Any, ...], dtype: torch.dtype, device: torch.device
     ) -> tuple[Tensor, Tensor]:
-        """For each entry of joined vectors, whose it is, and that one's factor; kept, as making them waits for the device."""
+        """For each entry of joined vectors, whose it is, and that one's factor; kept, as making them takes a while."""
         key = (sizes, factors, dtype, device)
         if key not in self._constants:
+            if len(self._constants) >= _MAX_CONSTANTS:  # inputs of ever new sizes
+                self._constants.clear()
             lengths = torch.tensor(sizes)
             place = torch.arange(len(sizes)).repeat_interleave(lengths)
             factor = torch.tensor(factors, dtype=dtype).repeat_interleave(lengths)
