@@ -2,8 +2,8 @@ r"""Per-sample gradients of a convolution's weight, and the routes to their inne
 
 A convolution is a linear layer on patches, n = channels * kernel numbers each, which outweigh its input by the kernel's
 size: which route is best depends on more than multiplications. Measured on one thread of a shared CPU (float32, 3x3
-kernels, N images of H x H, milliseconds, best of 3 to 7 repeats, rows from separate runs), beside a plain backward pass for
-the weight, which forms no per-sample gradients:
+kernels, N images of H x H, milliseconds, best of 3 to 7 repeats, rows from separate runs), beside a plain backward
+pass for the weight, which forms no per-sample gradients:
 
     N, channels, outputs, H                64, 32, 64, 16   32, 64, 64, 32   32, 256, 256, 8   32, 512, 512, 4
     plain backward for the weight                 9               29                28                 35
