@@ -29,7 +29,7 @@ from torchgeom_optim.geometry.gram_accumulator import GramAccumulator, GramResul
 from torchgeom_optim.geometry.layer_calls import LayerCalls, ParameterUses
 from torchgeom_optim.geometry.layers import rule_for, uses_batch_statistics
 from torchgeom_optim.geometry.per_sample import Batch, tensors_of
-from torchgeom_optim.geometry.private_evaluation import with_weights
+from torchgeom_optim.geometry.private_evaluation import Attributes, with_weights
 
 __all__ = ["GramResult", "is_advanced", "per_sample_gram", "random_state", "set_random_state", "statistics_of"]
 
@@ -112,7 +112,7 @@ def per_sample_gram(
         record.keep_sample_first(model, batch.args, batch.kwargs, num_samples)
         losses = batch.loss(loss_fn, outputs)
         scale = _scale(losses, loss_fn, reduction, num_samples)
-        uses = record.resolve([losses], leaves)
+        uses = record.resolve([losses], leaves, [x for x in tree_leaves(outputs) if isinstance(x, Tensor)])
         accumulator.uses = uses
         is_random = bool(uses.other) and is_advanced(before, devices)
         if statistics == "batch":
@@ -155,7 +155,7 @@ def per_sample_gram(
                 accumulator.add_formed(model, done.uses.other, loss_fn, Batch(inputs, targets), done.losses)
     finally:
         set_random_state(before)
-        survey.put_back_attributes()
+        survey.attributes.put_back()
     reference = floating[0] if floating else next(model.parameters(), torch.empty(0))
     return accumulator.result(
         num_samples, reference, leaves, done.uses, statistics, done.input_grads if of_inputs else None
@@ -171,17 +171,11 @@ class _Survey:
     batch_norms: list[nn.Module]
     has_buffers: bool
     is_compiled: bool
-    attributes: list[tuple[dict[str, Any], dict[str, Any]]]
-
-    def put_back_attributes(self) -> None:
-        """Undo what modules noted in their attributes (an old-style weight norm its weight, with our graph)."""
-        for present, kept in self.attributes:
-            present.clear()
-            present.update(kept)
+    attributes: Attributes  # an old-style weight norm notes its weight there, with our graph
 
 
 def _survey(model: nn.Module) -> _Survey:
-    found = _Survey({}, [], [], False, False, [])
+    found = _Survey({}, [], [], False, False, Attributes())
     seen: set[int] = set()
     for prefix, module in model.named_modules():
         is_trained = False
@@ -200,7 +194,7 @@ def _survey(model: nn.Module) -> _Survey:
         if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
             found.is_compiled = True
         if module._forward_pre_hooks or module._forward_hooks or not type(module).__module__.startswith("torch.nn."):
-            found.attributes.append((vars(module), dict(vars(module))))
+            found.attributes.add(module)
     return found
 
 

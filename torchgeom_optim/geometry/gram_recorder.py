@@ -257,7 +257,7 @@ class _RecordedPass:
         except RuntimeError as error:  # of the model, on a batch of another size; the user's own pass must go on
             self.problem = str(error)
         outputs = [x for x in tree_leaves(output) if isinstance(x, Tensor)]
-        self.uses = self.accumulator.uses = self.record.resolve(outputs, self.names)
+        self.uses = self.accumulator.uses = self.record.resolve(outputs, self.names, outputs)
         parameters = dict(model.named_parameters())
         for name in self.uses.unused:
             hook = functools.partial(_note, self.arrived_unused, name)

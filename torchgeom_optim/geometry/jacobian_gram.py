@@ -84,7 +84,7 @@ def layer_factors(
             return {}, directions
         # A call that sees something else than the samples first counts as another use of its parameters.
         record.calls = [call for call in record.calls if call.input_shape[0] == num_samples]
-        uses: Uses = {name: [] for name in record.resolve([f], values).calls}
+        uses: Uses = {name: [] for name in record.resolve([f], values, [f]).calls}
         calls = [call for call in record.calls if any(name in uses for name in call.parameters.values())]
         edges = [call.output_edge for call in calls]
         grads = batched_gradients(f, edges, directions.permute(2, 0, 1), switches)

@@ -9,12 +9,16 @@ of a layer with a rule, and axis 0 of that layer's input was the samples. Both a
   used by something else.
 - *The sample axis* (time before samples, positions looked up once per batch, samples and time flattened together) is
   found by running the model on a batch of another size: the axis that changes is the samples.
+- *The samples' order* (a model that sorts its batch and restores the order later) shows in the graph as well, as
+  operations that can move rows (:mod:`torchgeom_optim.geometry.row_moves`): then no parameter counts as covered.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +30,9 @@ from torch.utils._pytree import tree_map
 from torchgeom_optim.geometry.capture import Capture
 from torchgeom_optim.geometry.factors import Factor
 from torchgeom_optim.geometry.layers import LayerRule, factors_of_call, rule_for
-from torchgeom_optim.geometry.private_evaluation import with_weights
+from torchgeom_optim.geometry.private_evaluation import attributes_kept, with_weights
 from torchgeom_optim.geometry.pure_call import without_trace
+from torchgeom_optim.geometry.row_moves import could_move_rows, moves_rows
 
 __all__ = ["LayerCall", "LayerCalls", "ParameterUses", "watched_layers"]
 
@@ -197,12 +202,14 @@ class LayerCalls:
             known[signature] = _compare(signature, _probe(model, args, kwargs, num_samples), num_samples)
         self.calls = [call for call, first in zip(self.calls, known[signature], strict=True) if first]
 
-    def resolve(self, roots: Iterable[Tensor], names: Iterable[str]) -> ParameterUses:
+    def resolve(self, roots: Iterable[Tensor], names: Iterable[str], outputs: Iterable[Tensor] = ()) -> ParameterUses:
         """Tell the parameters that only recorded calls used from the others.
 
         Args:
             roots: the loss, or all that the loss is computed from.
             names: the trainable parameters.
+            outputs: what the model returned: where rows are moved on the way there, every parameter counts as used in
+                other ways. A loss may pick and move rows as it likes.
 
         Returns:
             how each of them was used.
@@ -212,6 +219,7 @@ class LayerCalls:
         reached: list[LayerCall] = []
         last: list[LayerCall] = []
         has_call_below: dict[Node, bool] = {}
+        movers: list[Node] = []
         stack = [(get_gradient_edge(root).node, False) for root in roots if root.requires_grad]
         while stack:
             node, is_done = stack.pop()
@@ -235,8 +243,14 @@ class LayerCalls:
                 name = self._names.get(id(getattr(node, "variable", None)))
                 if name is not None:
                     other.add(name)
+                elif could_move_rows(node):
+                    movers.append(node)
                 stack.append((node, True))
                 stack.extend((n, False) for n in below)
+        if movers and self.rows_move_below(outputs):
+            for call in reached:
+                other.update(call.parameters.values())
+            last.clear()
         calls: dict[str, list[LayerCall]] = {}
         for call in reached:
             for name in call.parameters.values():
@@ -245,34 +259,96 @@ class LayerCalls:
         unused = frozenset(names) - other - calls.keys()
         return ParameterUses(calls, frozenset(other), unused, tuple(last))
 
+    def rows_move_below(self, outputs: Iterable[Tensor]) -> bool:
+        """Whether something between the inputs and these tensors, recorded calls left out, may move rows."""
+        call_at = {call.output_node: call for call in self.calls}
+        stack = [get_gradient_edge(output).node for output in outputs if output.requires_grad]
+        seen = set(stack)
+        while stack:
+            node = stack.pop()
+            if node in call_at:
+                below = [call_at[node].input_node]
+            elif could_move_rows(node) and moves_rows(node, self._names):
+                return True
+            else:
+                below = [n for n, _ in node.next_functions]
+            new = [n for n in below if n is not None and n not in seen]
+            seen.update(new)
+            stack.extend(new)
+        return False
 
-def _probe(model: nn.Module, args: Any, kwargs: Any, num_samples: int) -> _Signature:
-    """The layers and shapes that the model shows on a batch of 2 samples, or of 3."""
+
+def _probe(model: nn.Module, args: Any, kwargs: Any, num_samples: int) -> _Signature | None:
+    """The layers and shapes that the model shows on a batch of 2 samples, or of 3; None if rows move on the way.
+
+    The user's hooks on modules do not see that pass, unless the model needs them, and modules keep their attributes.
+
+    Returns:
+        the signature, or None.
+
+    Raises:
+        RuntimeError: the model refuses that batch.
+    """
     size = 3 if num_samples == 2 else 2
     rows = torch.arange(size) % num_samples
 
     def resized(leaf: Any) -> Any:
         if isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == num_samples:
-            return leaf.detach().index_select(0, rows.to(leaf.device))
+            leaf = leaf.detach().index_select(0, rows.to(leaf.device))
+            # With inputs in the graph, what is done to them before the first layer shows. Clones may be overwritten.
+            return leaf.requires_grad_().clone() if leaf.is_floating_point() else leaf
         return leaf
 
-    args, kwargs = tree_map(resized, args), tree_map(resized, kwargs)
     parameters = {name: p.detach().requires_grad_() for name, p in model.named_parameters() if p.requires_grad}
-    record = LayerCalls({id(p): name for name, p in parameters.items()})
-    capture = Capture(watched_layers(model.modules()), lambda *call: record.on_call(*call))
+
+    def run() -> _Signature | None:
+        record = LayerCalls({id(p): name for name, p in parameters.items()})
+        inputs: list[Tensor] = []
+
+        def on_call(module: nn.Module, layer_input: Tensor, output: Tensor) -> None:
+            record.on_call(module, layer_input, output)
+            if record.calls and record.calls[-1].output_node is output.grad_fn:
+                inputs.append(layer_input)
+
+        capture = Capture(watched_layers(model.modules()), on_call)
+        with capture, torch.enable_grad(), without_trace(model, capture), attributes_kept(model.modules()):
+            new_args, new_kwargs = tree_map(resized, args), tree_map(resized, kwargs)
+            with_weights(model, parameters, dict(model.named_buffers()), lambda model: model(*new_args, **new_kwargs))
+            return None if record.rows_move_below(inputs) else record.signature()
+
     try:
-        with capture, torch.enable_grad(), without_trace(model, capture):
-            with_weights(model, parameters, dict(model.named_buffers()), lambda model: model(*args, **kwargs))
+        with _without_hooks(model):
+            return run()
+    except Exception:  # whatever it is: the hooks may be part of what the model computes
+        pass
+    try:
+        return run()
     except RuntimeError as error:
         raise RuntimeError(
             f"the model refused a batch of {size} samples, which tells along which axis its layers have the samples; "
             f"it must take any number of samples along axis 0 of its tensors: see the error above."
         ) from error
-    return record.signature()
 
 
-def _compare(signature: _Signature, probe: _Signature, num_samples: int) -> tuple[bool, ...]:
+@contextmanager
+def _without_hooks(model: nn.Module) -> Iterator[None]:
+    """Inside, the modules have no forward hooks but torch's own, which compute weights."""
+    kinds = ("_forward_pre_hooks", "_forward_hooks")
+    kept = [(module, kind, getattr(module, kind)) for module in model.modules() for kind in kinds]
+    try:
+        for module, kind, hooks in kept:
+            own = {k: h for k, h in hooks.items() if type(h).__module__.startswith("torch.")}
+            setattr(module, kind, OrderedDict(own))
+        yield
+    finally:
+        for module, kind, hooks in kept:
+            setattr(module, kind, hooks)
+
+
+def _compare(signature: _Signature, probe: _Signature | None, num_samples: int) -> tuple[bool, ...]:
     size = 3 if num_samples == 2 else 2
+    if probe is None:
+        return (False,) * len(signature)
     if [module for module, _ in signature] != [module for module, _ in probe]:
         return (False,) * len(signature)  # another way through the model: nothing can be told
     return tuple(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import copy
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
@@ -13,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchgeom_optim.geometry.capture import Capture
 from torchgeom_optim.geometry.pure_call import pure_call, without_trace
 
-__all__ = ["private_evaluation", "with_weights"]
+__all__ = ["Attributes", "attributes_kept", "private_evaluation", "with_weights"]
 
 T = TypeVar("T")
 
@@ -71,7 +73,7 @@ def private_evaluation(model: nn.Module, keep_modes: bool = False, *captures: Ca
         *captures: the captures that may see the pass.
     """
     modes = [(module, module.training) for module in model.modules()]
-    attributes = [(module, dict(vars(module))) for module, _ in modes]
+    attributes = Attributes(module for module, _ in modes)
     fast_path = torch.backends.mha.get_fastpath_enabled()
     device = next((p.device.type for p in model.parameters()), "cpu")
     with ExitStack() as stack:
@@ -89,7 +91,7 @@ def private_evaluation(model: nn.Module, keep_modes: bool = False, *captures: Ca
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
         torch.backends.mha.set_fastpath_enabled(False)
-        stack.callback(_put_back, attributes)
+        stack.callback(attributes.put_back)
         if not keep_modes:
             for module, mode in modes:
                 stack.callback(setattr, module, "training", mode)
@@ -97,7 +99,56 @@ def private_evaluation(model: nn.Module, keep_modes: bool = False, *captures: Ca
         yield
 
 
-def _put_back(attributes: list[tuple[nn.Module, dict[str, Any]]]) -> None:
-    for module, values in attributes:
-        vars(module).clear()
-        vars(module).update(values)
+class Attributes:
+    """What modules hold in their attributes, and in the lists, dicts and sets there, to be put back later.
+
+    Tensors that are overwritten in place and objects of the user's classes are not covered. Parameters, buffers and
+    hooks stay what they are: who changes these puts them back.
+
+    Args:
+        modules: the modules.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module] = ()) -> None:
+        self._values: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._containers: dict[int, tuple[Any, Any]] = {}
+        for module in modules:
+            self.add(module)
+
+    def add(self, module: nn.Module) -> None:
+        """Keep those of another module."""
+        values = vars(module)
+        self._values.append((values, dict(values)))
+        for name, value in values.items():
+            if name not in _OF_EVERY_MODULE and type(value) in _CONTAINERS:
+                self._keep(value)
+
+    def put_back(self) -> None:
+        """Undo what has been set, appended or removed since."""
+        for present, kept in self._values:
+            present.clear()
+            present.update(kept)
+        for container, kept in self._containers.values():
+            container.clear()
+            container.extend(kept) if isinstance(container, list | deque) else container.update(kept)
+
+    def _keep(self, value: Any) -> None:
+        if id(value) not in self._containers:
+            self._containers[id(value)] = (value, copy.copy(value))
+            for inner in value.values() if isinstance(value, dict) else value:
+                if type(inner) in _CONTAINERS:
+                    self._keep(inner)
+
+
+_CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict, Counter)
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
+@contextmanager
+def attributes_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Afterwards the modules' attributes are what they were before."""
+    attributes = Attributes(modules)
+    try:
+        yield
+    finally:
+        attributes.put_back()
