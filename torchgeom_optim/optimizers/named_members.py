@@ -81,7 +81,7 @@ class NamedMembers:
         return _build(cls, model, lr, **{"metric": "identity", "block": "unit", "expectation": "fan_in", **settings})
 
     @classmethod
-    def trpo(cls: type[_T], model: nn.Module | Iterable[Any], lr: float | Tensor = 0.01, **settings: Any) -> _T:
+    def trpo(cls: type[_T], model: nn.Module | Iterable[Any], lr: float | Tensor = 0.1, **settings: Any) -> _T:
         """Natural gradient with one step length for the whole network: Eq. (9), as in TRPO (Schulman et al. 2015).
 
         G is block-diagonal over layers: Kronecker factors, or with ``metric="exact"`` each layer's whole matrix.
@@ -98,10 +98,10 @@ class NamedMembers:
         return _build(cls, model, lr, **{**family, **settings})
 
     @classmethod
-    def kfac(cls: type[_T], model: nn.Module | Iterable[Any], lr: float | Tensor = 0.01, **settings: Any) -> _T:
+    def kfac(cls: type[_T], model: nn.Module | Iterable[Any], lr: float | Tensor = 0.03, **settings: Any) -> _T:
         """K-FAC (Martens and Grosse 2015) with a trust region in every layer in place of its rescaling.
 
-        Factors from every step, inverses every 10 steps, momentum 0.9, unless settings say otherwise.
+        Factors from every step, inverses every 10 steps, unless settings say otherwise.
 
         Args:
             model: as ``params`` of the class.
@@ -111,7 +111,7 @@ class NamedMembers:
         Returns:
             The optimizer.
         """
-        return _build(cls, model, lr, **{"metric": "kronecker", "block": "layer", "momentum": 0.9, **settings})
+        return _build(cls, model, lr, **{"metric": "kronecker", "block": "layer", **settings})
 
 
 def _build(cls: Callable[..., _T], *args: Any, **settings: Any) -> _T:
