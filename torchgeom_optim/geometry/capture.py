@@ -93,7 +93,8 @@ def private_pass(*captures: Capture) -> Iterator[None]:
 
 def activations_are_not_kept() -> bool:
     """Whether autograd packs what it saves at the moment (checkpointing, offloading): then nobody should keep it."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)  # pyright: ignore[reportAttributeAccessIssue]
+    return hooks is not None
 
 
 class _CallHook:
@@ -168,4 +169,5 @@ def _remove(handles: list[RemovableHandle]) -> None:
 
 def _in_functional_transform() -> bool:
     # No public function tells; tensors of a transform must not leak into an observer's state.
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    interpreter = torch._C._functorch.peek_interpreter_stack()  # pyright: ignore[reportAttributeAccessIssue]
+    return interpreter is not None

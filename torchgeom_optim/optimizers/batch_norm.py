@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.proxy import TraceError
 
 __all__ = ["FoldedBatchNorm", "fold_batch_norm"]
 
@@ -60,7 +61,7 @@ def fold_batch_norm(model: nn.Module) -> list[FoldedBatchNorm]:
         return []
     try:
         graph = fx.Tracer().trace(model)
-    except (fx.proxy.TraceError, TypeError, RuntimeError, ValueError, AttributeError) as error:
+    except (TraceError, TypeError, RuntimeError, ValueError, AttributeError) as error:
         # what tracing meets depends on the user's forward: control flow on values, shapes unpacked, …
         raise ValueError(
             f"got a model whose forward pass torch.fx cannot trace ({type(error).__name__}: {error}); need one without "

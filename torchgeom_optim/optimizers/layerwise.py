@@ -245,7 +245,7 @@ class LayerwiseOptimizer(Optimizer):
         grads = [directions.get(id(p), p.grad) for p in params]
         momentum = group["momentum"]
         states = [self.state[p] for p in params] if momentum else []
-        buffers = [state.get("momentum_buffer") for state in states] if momentum else [None] * len(params)
+        buffers: list[Tensor | None] = [state.get("momentum_buffer") for state in states] or [None] * len(params)
         sgd(
             params,
             grads,

@@ -40,9 +40,9 @@ class WhiteningSGD(LayerwiseOptimizer):
     :mod:`torchgeom_optim.geometry.reparametrization`; without a trainable bias mu = 0 and alpha_i^2 = 1/E[x_i^2];
     several calls of a layer in one step are pooled; of large inputs every k-th position is looked at.
 
-    Learning rate: where SGD takes its usual 0.1 without momentum, take 0.3 (``lenet`` on CIFAR-10 (JPEG), each the best of
-    a half-decade grid); with momentum 0.9 the best was 0.03 to 0.1 (``lenet`` on three data sets, a deep MLP). The next
-    half-decade can diverge, earlier on padded convolutions and with momentum: 0.1, or 0.03 with momentum, is a start.
+    Learning rate: where SGD takes its usual 0.1 without momentum, take 0.3 (``lenet`` on CIFAR-10 (JPEG), each the best
+    of a half-decade grid); with momentum 0.9 the best was 0.03 to 0.1 (``lenet`` on three data sets, a deep MLP). The
+    next half-decade can diverge, earlier on padded convolutions and with momentum: start from 0.1, or 0.03 with momentum.
 
     Three ways in: ``WhiteningSGD(model, lr)``; ``WhiteningSGD(groups, lr, model=model)`` with whatever parameter groups
     a training script has; ``WhiteningSGD(params, lr)`` without a model, which is ``torch.optim.SGD`` exactly.
