@@ -42,7 +42,7 @@ class WhiteningSGD(LayerwiseOptimizer):
 
     Learning rate: where SGD takes its usual 0.1 without momentum, take 0.3 (``lenet`` on CIFAR-10 (JPEG), each the best
     of a half-decade grid); with momentum 0.9 the best was 0.03 to 0.1 (``lenet`` on three data sets, a deep MLP). The
-    next half-decade can diverge, earlier on padded convolutions and with momentum: start from 0.1, or 0.03 with momentum.
+    next half-decade can diverge, earlier on padded convolutions and with momentum: start from 0.1, with momentum 0.03.
 
     Three ways in: ``WhiteningSGD(model, lr)``; ``WhiteningSGD(groups, lr, model=model)`` with whatever parameter groups
     a training script has; ``WhiteningSGD(params, lr)`` without a model, which is ``torch.optim.SGD`` exactly.
