@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from itertools import chain
 from typing import Any, overload
 
@@ -209,7 +210,8 @@ class LayerwiseOptimizer(Optimizer):
         self._check_calls(active)
         with torch.no_grad():
             device_type = next((p.device.type for group in self.param_groups for p in group["params"]), "cpu")
-            with torch.autocast(device_type, enabled=False):
+            in_autocast = torch.is_autocast_enabled(device_type)  # entering the context costs as much as a layer
+            with torch.autocast(device_type, enabled=False) if in_autocast else nullcontext():
                 directions = self._directions(active)
             for group in self.param_groups:
                 self._descend(group, directions)
