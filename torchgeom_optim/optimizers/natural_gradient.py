@@ -88,7 +88,7 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
         params: a model, or parameters or groups of them; groups may set everything from lr to maximize, and
             ``rule="sgd"`` for plain SGD.
         lr: eta, the length of the step in the metric, a number or a tensor of one element, in [0, inf). In short trials
-            0.03 suited whitening and Kronecker by layers (0.1 a whole network, 0.003 units), 1e-4 "diagonal", 1e-3 RMSProp.
+            0.03 suited whitening and Kronecker by layers (0.1 a network, 0.003 units), 1e-4 "diagonal", 1e-3 RMSProp.
         metric: see above; the same for all groups.
         block: see above; likewise.
         model: the module that the parameters belong to.
