@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["check_choice", "check_flags", "check_range"]
+__all__ = ["check_choice", "check_flags", "check_range", "check_sgd_settings"]
 
 
 def check_range(
@@ -59,3 +59,24 @@ def check_choice(group: Mapping[str, Any], name: str, choices: tuple[str, ...], 
     """
     if group[name] not in choices:
         raise ValueError(f"{name}={group[name]!r} ({where}): must be one of {', '.join(map(repr, choices))}.")
+
+
+def check_sgd_settings(group: Mapping[str, Any], where: str) -> None:
+    """Check what steps that end in SGD have in common, all but the learning rate.
+
+    Args:
+        group: hyper-parameters by name.
+        where: how the message calls the group.
+
+    Raises:
+        ValueError: a value out of its range, or Nesterov's momentum without a momentum or with dampening.
+    """
+    check_range(group, "momentum", where, hint="0.9 is common, 0 switches it off.")
+    check_range(group, "dampening", where, low=-math.inf, hint="0 is the default.")
+    check_range(group, "weight_decay", where, hint="0 switches it off.")
+    check_flags(group, ("nesterov", "maximize"), where)
+    if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
+        raise ValueError(
+            f"nesterov=True with momentum={group['momentum']}, dampening={group['dampening']} ({where}): "
+            "needs a momentum and zero dampening. Try momentum=0.9, dampening=0."
+        )

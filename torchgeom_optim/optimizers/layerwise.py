@@ -148,17 +148,14 @@ class LayerwiseOptimizer(Optimizer):
 
     def _on_call(self, module: nn.Module, x: Tensor, y: Tensor) -> Callable[[Tensor], None] | None:
         layer = self._layer_of.get(module)
-        if (
-            layer is None or y.numel() == 0
-        ):  # a shallow copy of a layer carries its hooks; an empty batch has no moments
-            return None
+        if layer is None or y.numel() == 0:
+            return None  # a shallow copy of a layer, which carries its hooks; or an empty batch, which has no moments
         moments, output_grads = self._wants(self._group_of[layer]["rule"])
         if len(self._open_calls) > 8 * len(self._layers) + 64:  # passes with gradients that were never differentiated
             self._open_calls[:] = [reference for reference in self._open_calls if reference() is not None]
         call = LayerCall(layer, x, y, self._open_calls, with_moments=moments, with_output_grads=output_grads)
-        if activations_are_not_kept() or torch.is_autocast_enabled(
-            x.device.type
-        ):  # autograd keeps another copy, or none
+        # Under checkpointing autograd keeps no input, under autocast a copy: then nobody else keeps this one alive.
+        if activations_are_not_kept() or torch.is_autocast_enabled(x.device.type):
             call.summarise()
         return call.on_output_grad
 

@@ -22,7 +22,7 @@ from torchgeom_optim.optimizers.block_metrics import (
     Solve,
     solver,
 )
-from torchgeom_optim.optimizers.hyperparameters import check_choice, check_flags, check_range
+from torchgeom_optim.optimizers.hyperparameters import check_choice, check_range, check_sgd_settings
 from torchgeom_optim.optimizers.layer_factors import FactorCall, PassCounter, pooled_factors
 from torchgeom_optim.optimizers.layers import AffineLayer
 from torchgeom_optim.optimizers.layerwise import LayerwiseOptimizer
@@ -226,24 +226,16 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
 
     def _check_group(self, group: Mapping[str, Any], where: str) -> None:
         check_range(group, "lr", where, hint="0.03 is a common start.")
-        check_range(group, "momentum", where, hint="0.9 is common, 0 switches it off.")
-        check_range(group, "dampening", where, low=-math.inf, hint="0 is the default.")
-        check_range(group, "weight_decay", where, hint="0 switches it off.")
+        check_sgd_settings(group, where)
         check_range(group, "eps", where, hint="0 gives steps of exactly the wanted length.")
         check_range(group, "norm_decay", where, high=1.0, hint="0.95 averages over about 20 steps, 0 over one.")
         check_range(group, "decay", where, high=1.0, hint="0.95 averages over about 20 steps.")
         check_range(group, "damping", where, hint="1 for Kronecker and exact metrics, 0.01 for others is a start.")
-        check_flags(group, ("nesterov", "maximize"), where)
         check_choice(group, "rule", (self.metric, "sgd"), where)
         if self.metric == "quasi_diagonal" and group["damping"] == 0:
             raise ValueError(
                 f"damping=0 ({where}): the quasi-diagonal metric of one batch is singular; need damping > 0. "
                 "0.01 is the default."
-            )
-        if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
-            raise ValueError(
-                f"nesterov=True with momentum={group['momentum']}, dampening={group['dampening']} ({where}): "
-                "needs a momentum and zero dampening. Try momentum=0.9, dampening=0."
             )
 
     def _wants(self, rule: str) -> tuple[bool, bool]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchgeom_optim.geometry.moments import Moments, running_moments
 from torchgeom_optim.geometry.reparametrization import fan_in_scale, guarded_second_moment, precision
 from torchgeom_optim.optimizers.batch_norm import FoldedBatchNorm, fold_batch_norm
-from torchgeom_optim.optimizers.hyperparameters import check_choice, check_flags, check_range
+from torchgeom_optim.optimizers.hyperparameters import check_choice, check_range, check_sgd_settings
 from torchgeom_optim.optimizers.layers import AffineLayer
 from torchgeom_optim.optimizers.layerwise import LayerwiseOptimizer
 
@@ -146,18 +146,10 @@ class WhiteningSGD(LayerwiseOptimizer):
 
     def _check_group(self, group: Mapping[str, Any], where: str) -> None:
         check_range(group, "lr", where, hint="0.1 is a common start, 0.03 with momentum 0.9.")
-        check_range(group, "momentum", where, hint="0.9 is common, 0 switches it off.")
-        check_range(group, "dampening", where, low=-math.inf, hint="0 is the default.")
-        check_range(group, "weight_decay", where, hint="0 switches it off.")
+        check_sgd_settings(group, where)
         check_range(group, "decay", where, high=1.0, hint="0.95 averages over about 20 steps.")
         check_range(group, "damping", where, hint="0.01 is the default.")
-        check_flags(group, ("nesterov", "maximize"), where)
         check_choice(group, "rule", (*_WHITENED, "fan_in", "sgd"), where)
-        if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
-            raise ValueError(
-                f"nesterov=True with momentum={group['momentum']}, dampening={group['dampening']} ({where}): "
-                "needs a momentum and zero dampening. Try momentum=0.9, dampening=0."
-            )
 
     def _watch_layers(self) -> None:
         self._constants: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
