@@ -14,6 +14,10 @@ _EXTRAS = {
     "PIL": "demo",
     "sklearn": "demo",
     "tqdm": "demo",
+    "pandas": "records",
+    "tensorboard": "records",
+    "lightning": "lightning",
+    "transformers": "transformers",
 }
 
 
