@@ -275,6 +275,21 @@ class Jacobian:
         self.ways["gram"] = "rows, " + ("held" if capacity >= self.shape[0] else "held in part and computed again")
         return gram
 
+    @torch.inference_mode(False)
+    def layer_rows(self) -> Iterator[Uses]:
+        r"""What the rows are made of, mini-batch by mini-batch: for each parameter one factor per use.
+
+        The rows are those of R'J with an orthonormal basis R of each sample's outputs, K of them per sample: all C, or
+        for 2 sqrt(p) C - 1, at right angles to it, where J has no part. So sums over a sample's rows of anything
+        quadratic in them are those of J; single rows are not.
+
+        Yields:
+            Name to the factors [b, K, ...] of its uses, whose rows add up.
+        """
+        self._learn_rules()
+        for batch in self._f.parts(self._plan.samples_per_pass("factors" if self._by_rule else "rows")):
+            yield self._factors(batch, self._basis)[0]
+
     def predicted_bytes(self, operation: str, num_vectors: int = 1) -> int:
         """Bytes that an operation will take at its peak.
 
@@ -352,7 +367,7 @@ class Jacobian:
             )
             known = {name: factors for name, factors in found.items() if name in self._by_rule}
             if len(known) == len(values):
-                return known, directions
+                return {name: known[name] for name in values}, directions
         rest = {name: value for name, value in values.items() if name not in known}
         with self._f.private():
             directions = basis(self._f.on(batch)(values, lambda f: f.detach()))
