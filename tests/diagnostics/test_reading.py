@@ -1,0 +1,210 @@
+"""Each verdict speaks on numbers that are wrong in just its way, and is silent on their healthy twins."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from torchgeom_optim.diagnostics.history import History, Record
+from torchgeom_optim.diagnostics.reading import summary, verdicts
+
+# A run in which all is well, as numbers: every check has what it needs and nothing to say.
+HEALTHY = {
+    "top_curvature": 8.0,
+    "gradient_coherence": 0.1,
+    "gradient_noise_scale": 60.0,
+    "relative_gradient_rank": 0.2,
+    "relative_input_gradient_rank": 0.1,
+    "gradient_confusion": 0.1,
+    "weight_gradient_cosine": 0.99,
+    "weight_norm": 10.0,
+    "gradient_norm": 1.0,
+}
+FALLING = [2.3, 2.0, 1.7, 1.4, 1.2, 1.0, 0.9, 0.8, 0.7]
+FLAT = [2.3] * 9
+
+
+def run(losses=FALLING, *, layers=None, rate=0.1, batch=64, notes=(), **values) -> History:
+    """A history; a value that is a list has one entry for each record."""
+    layers = {"0": (1.0, 5.0), "2": (0.8, 6.0), "4": (0.5, 4.0)} if layers is None else layers
+    history = History()
+    for k, loss in enumerate(losses):
+        at_k = {name: value[k] if isinstance(value, list) else value for name, value in {**HEALTHY, **values}.items()}
+        by_layer = {
+            "gradient_norm": {name: g[k] if isinstance(g, list) else g for name, (g, _) in layers.items()},
+            "weight_norm": {name: w for name, (_, w) in layers.items()},
+        }
+        history.append(
+            Record(
+                step=10 * k,
+                time_s=0.01,
+                loss=loss,
+                batch_size=batch,
+                values={name: value for name, value in at_k.items() if value is not None},
+                layers=by_layer,
+                notes=notes,
+                learning_rate=rate,
+            )
+        )
+    return history
+
+
+def kinds(history: History) -> list[tuple[str, str | None]]:
+    return [(verdict.kind, verdict.layer) for verdict in verdicts(history)]
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 5, 9])
+def test_a_healthy_run_has_no_verdict(count):
+    assert kinds(run(FALLING[:count])) == []
+
+
+def test_a_flat_loss_alone_is_no_verdict():
+    assert kinds(run(FLAT)) == []
+    assert "none of the recorded metrics says why" in summary(run(FLAT))
+
+
+CASES = {
+    # kind of verdict, its layer: what is wrong, what its twin has instead
+    ("loss is no number", None): ({"losses": [2.3, 2.0, 5.0, math.inf]}, {"losses": [2.3, 2.0, 5.0, 1e30]}),
+    ("learning rate too high", None): ({"losses": FLAT, "rate": 0.3}, {"losses": FLAT, "rate": 0.2}),
+    ("learning rate too low", None): ({"losses": FLAT, "rate": 1e-4}, {"losses": FLAT, "rate": 5e-3}),
+    ("batch too small", None): (
+        {"losses": FLAT, "batch": 8, "gradient_coherence": 0.13},
+        {"losses": FLAT, "batch": 8, "gradient_coherence": 0.3},
+    ),
+    ("batch larger than needed", None): ({"gradient_coherence": 0.9}, {"gradient_coherence": 0.05}),
+    ("vanishing gradients", "0"): (
+        {"layers": {"0": (1e-5, 1.0), "2": (1e-3, 1.0), "4": (1.0, 1.0)}},
+        {"layers": {"0": (0.01, 1.0), "2": (0.1, 1.0), "4": (1.0, 1.0)}},
+    ),
+    ("exploding gradients", "0"): (
+        {"layers": {"0": (1e5, 1.0), "2": (1e3, 1.0), "4": (1.0, 1.0)}},
+        {"layers": {"0": (100.0, 1.0), "2": (10.0, 1.0), "4": (1.0, 1.0)}},
+    ),
+    ("dead layer", "2"): (
+        {"layers": {"0": (0.0, 1.0), "2": (0.0, 1.0), "4": (1.0, 1.0)}},
+        {"layers": {"0": (0.1, 1.0), "2": (0.2, 1.0), "4": (1.0, 1.0)}},
+    ),
+    ("collapsed gradient rank", None): ({"relative_gradient_rank": 1 / 60}, {"relative_gradient_rank": 3 / 60}),
+    ("shattered gradients", None): (
+        {"losses": FLAT, "relative_input_gradient_rank": 0.4},
+        {"losses": FALLING, "relative_input_gradient_rank": 0.4},
+    ),
+    ("gradient confusion", None): (
+        {"losses": FLAT, "gradient_confusion": 0.7},
+        {"losses": FALLING, "gradient_confusion": 0.7},
+    ),
+    ("inconsistent steps", None): (
+        {"losses": FLAT, "weight_gradient_cosine": -0.2},
+        {"losses": FALLING, "weight_gradient_cosine": -0.2},
+    ),
+}
+
+
+@pytest.mark.parametrize("expected", CASES)
+def test_what_is_wrong_is_said(expected):
+    broken, _ = CASES[expected]
+    assert kinds(run(**broken)) == [expected]
+    (verdict,) = verdicts(run(**broken))
+    assert verdict.finding
+    assert verdict.remedy
+    assert verdict.evidence
+    assert str(verdict) in summary(run(**broken))
+
+
+@pytest.mark.parametrize("expected", CASES)
+def test_the_twin_is_silent(expected):
+    _, healthy = CASES[expected]
+    assert kinds(run(**healthy)) == []
+
+
+def test_a_much_too_high_rate_is_a_fault_even_while_the_loss_falls():
+    assert kinds(run(FALLING, rate=2.0)) == [("learning rate too high", None)]
+    assert kinds(run(FALLING, rate=0.5)) == []
+
+
+def test_the_remedy_for_the_rate_lies_below_the_bound():
+    (verdict,) = verdicts(run(FLAT, rate=0.4))
+    assert verdict.evidence == pytest.approx({"lr": 0.4, "2 / curvature": 0.25, "lr * curvature / 2": 1.6})
+    assert "For SGD try 0.1," in verdict.remedy
+
+
+def test_a_condition_number_stands_in_for_the_curvature():
+    # lambda >= kappa |g| / |w| = 80 * 1 / 10
+    assert kinds(run(FLAT, rate=0.3, top_curvature=None, weight_condition_number=80.0)) == [
+        ("learning rate too high", None)
+    ]
+    assert kinds(run(FLAT, rate=0.3, top_curvature=None)) == []
+    assert kinds(run(FLAT, rate=None)) == []
+
+
+def test_the_loss_that_ended_names_the_rate_where_that_was_the_cause():
+    losses = [2.3, 2.0, 5.0, math.nan]
+    steep, too_high = verdicts(run(losses, rate=2.0))
+    assert too_high.kind == "learning rate too high"
+    (gentle,) = verdicts(run(losses))
+    assert steep.evidence["lr * curvature / 2 before"] == 8.0
+    assert steep.evidence["step"] == 30
+    assert steep.evidence["last finite loss"] == 5.0
+    assert "learning rate was beyond" in steep.remedy
+    assert "learning rate was beyond" not in gentle.remedy
+    assert kinds(run([math.nan])) == [("loss is no number", None)]
+
+
+def test_a_head_that_starts_at_zero_is_not_dead():
+    layers = {"0": ([0.0, 0.1, 0.2], 1.0), "2": ([0.0, 0.1, 0.2], 1.0), "4": (1.0, 1.0)}
+    for count in (1, 2, 3):
+        assert kinds(run(FALLING[:count], layers=layers)) == []
+
+
+def test_faults_silence_what_they_explain():
+    layers = {"0": (0.0, 1.0), "2": (0.0, 1.0), "4": (1.0, 1.0)}
+    history = run(FLAT, layers=layers, rate=1e-6, gradient_confusion=0.9, relative_input_gradient_rank=0.5)
+    assert kinds(history) == [("dead layer", "2")]
+
+
+def test_single_outliers_do_not_speak():
+    spike = [8.0] * 8 + [8e3]
+    assert kinds(run(FALLING, top_curvature=spike)) == []
+
+
+def test_noise_scale_without_coherence():
+    def small(scale):
+        return kinds(run(FLAT, batch=8, gradient_coherence=None, gradient_noise_scale=scale))
+
+    assert small(1000.0) == small(-30.0) == [("batch too small", None)]  # negative: more noise than can be told
+    assert small(40.0) == small(None) == small(math.nan) == []
+
+
+def test_noise_scale_from_coherence_is_a_ratio_of_averages():
+    # b (1 - c) / (b c - 1), numerators and denominators summed over the last five records
+    coherence = [0.135] * 8 + [0.12]
+    (verdict,) = verdicts(run(FLAT, batch=8, gradient_coherence=coherence))
+    assert verdict.kind == "batch too small"
+    expected = (4 * 8 * 0.865 + 8 * 0.88) / (4 * 0.08 - 0.04)
+    assert verdict.evidence == pytest.approx({"batch size": 8, "noise scale": expected})
+
+
+def test_summary_is_readable():
+    assert summary(History()) == "No records yet."
+    text = summary(run(FALLING, notes=("batch norm couples the samples",)))
+    assert text.splitlines() == [
+        "9 records, steps 0 to 80; loss 2.3 to 0.7.",
+        "The loss falls, and nothing stands out.",
+        "Note: batch norm couples the samples",
+    ]
+    text = summary(run(FALLING[:2], top_curvature=None, gradient_confusion=None))
+    assert "Too few records to say whether the loss falls" in text
+    assert (
+        "Not looked at, for want of records: learning rate (top_curvature and an optimizer); "
+        "confusion (gradient_confusion)." in text
+    )
+
+
+def test_values_that_are_not_finite_do_no_harm():
+    history = run(FLAT, **dict.fromkeys(HEALTHY, math.nan))
+    assert kinds(history) == []
+    history = run(FALLING, layers={"0": (math.nan, 1.0), "2": (1.0, 0.0), "4": (1.0, 1.0)})
+    assert kinds(history) == []
+    assert kinds(run(FALLING, layers={})) == []
