@@ -32,7 +32,7 @@ class EverySteps:
 
     def __post_init__(self) -> None:
         if isinstance(self.interval, bool) or not isinstance(self.interval, int) or self.interval < 1:
-            raise ValueError(f"every={self.interval!r}: must be a whole number of steps, 1 or more; 100 is the default.")
+            raise ValueError(f"every={self.interval!r}: must be a whole number of steps, 1 or more; 100 is common.")
 
     def __call__(self, step: int) -> bool:
         """Whether to measure at that step."""
@@ -51,7 +51,7 @@ class LogSpaced:
 
     Example:
         >>> [step for step in range(200) if LogSpaced(3)(step)]
-        [0, 1, 2, 4, 10, 21, 46, 100]
+        [0, 1, 2, 5, 10, 22, 46, 100]
     """
 
     per_decade: float = 10
