@@ -12,7 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from torchgeom_optim.geometry.moments import Moments, channel_moments, one_hot_moments, pooled_moments
-from torchgeom_optim.geometry.reparametrization import reparametrized_gradient
+from torchgeom_optim.geometry.reparametrization import fan_in_scale, reparametrized_gradient
+from torchgeom_optim.optimizers.distributed import (
+    in_process_group,
+    is_sharded,
+    is_sharded_by_rows,
+    local_part,
+    part_like,
+    whole,
+    with_local,
+)
 
 __all__ = ["AffineLayer", "LayerCall", "SeenCall", "find_affine_layers"]
 
@@ -21,20 +30,20 @@ _KNOWN_LAYERS = (nn.Linear, *_CONVOLUTIONS, nn.Embedding)
 
 
 class SeenCall(NamedTuple):
-    """What a call that a backward pass has reached leaves behind.
+    """What a call that a backward pass has reached leaves behind; or what all processes have seen, as one call.
 
     Attributes:
         moments: of the layer's inputs; only where asked for, like the next.
         output_grad_sq: mean of g^2 over samples and positions, [m], as autograd scaled it.
-        num_samples: in the call; positions of a sequence count as samples.
-        num_applications: of the weights: samples times positions.
+        num_samples: in the call; positions of a sequence count as samples. A tensor if it is a mean over processes.
+        num_applications: of the weights: samples times positions. Likewise.
         backward_pass: number of the backward pass that reached it.
     """
 
     moments: Moments | None
     output_grad_sq: Tensor | None
-    num_samples: int
-    num_applications: int
+    num_samples: int | Tensor
+    num_applications: int | Tensor
     backward_pass: int
 
 
@@ -122,18 +131,24 @@ class AffineLayer:
         self.groups = module.groups if isinstance(module, _CONVOLUTIONS) else 1
         if self.is_embedding:
             self.num_inputs = self.fan_in = self.weight.shape[0]
+            self.num_units = self.weight.shape[1]
         else:
             self.num_inputs = self.weight.shape[1] * self.groups
             self.fan_in = math.prod(self.weight.shape[1:])
+            self.num_units = self.weight.shape[0]
 
     def count(self, call: SeenCall) -> None:
         """Take a call into account; where gradients start anew, those of a step that was skipped are forgotten."""
-        grad = next((p.grad for p in self.parameters if p.requires_grad), None)
+        # fully_shard adds up what it has not yet reduced in the weight that the module has during the pass.
+        holders = (*self.parameters, self.modules[0]._parameters.get("weight"))
+        grad = next((p.grad for p in holders if p is not None and p.grad is not None), None)
         version = None if grad is None else grad._version
         if self.calls and self.calls[-1].backward_pass != call.backward_pass:
             # Accumulation leaves a new gradient at version 0 and raises it by one; zeroing raises it in between.
+            # With several processes their averaging raises it too, so that only None is a new beginning.
             before = self._grad_version
-            if version not in ((0,) if before is None else (before, before + 1)):
+            follows = (0,) if before is None else (before, before + 1)
+            if version is None or not (version in follows or in_process_group()):
                 self.calls.clear()
         self._grad_version = version
         self.calls.append(call)
@@ -147,20 +162,41 @@ class AffineLayer:
         """Moments of this step's inputs, all calls pooled."""
         return pooled_moments([call.moments for call in self.calls if call.moments is not None])
 
-    def sharing(self) -> float:
+    def sharing(self) -> float | Tensor:
         """At how many positions s a weight is applied, per sample."""
         calls = self.calls
+        if self.spatial_axes == 0:
+            return 1.0
         if len(calls) == 1:
             return calls[0].num_applications / calls[0].num_samples
         return sum(call.num_applications for call in calls) / sum(call.num_samples for call in calls)
 
+    def fan_in_scale(self, sharing: float | Tensor) -> float | Tensor:
+        """beta^2 of Eq. (12); where s is a tensor one of shape [m], as of any beta^2 that is."""
+        if isinstance(sharing, Tensor):
+            return (sharing * self.fan_in).rsqrt().expand(self.num_units)
+        return fan_in_scale(self.fan_in, sharing)
+
+    def scale_bias(self, grad: Tensor, output_scale: float | Tensor) -> Tensor:
+        """beta^2 b, the direction of a bias that no inputs' mean can be moved into."""
+        step = self.reparametrize(None, grad, None, 1.0, output_scale)[1]
+        assert step is not None
+        return step
+
+    def num_samples(self) -> int | Tensor:
+        """N of the whole step; what k calls in one pass see are the same samples."""
+        if len(self.calls) == 1:
+            return self.calls[0].num_samples
+        samples: dict[int, int] = {}
+        for call in self.calls:
+            assert isinstance(call.num_samples, int)
+            samples[call.backward_pass] = max(call.num_samples, samples.get(call.backward_pass, 0))
+        return sum(samples.values())
+
     def output_grad_sq(self, *, mean_reduction: bool) -> Tensor:
         """E[g_j^2] of this step; under mean reduction hooks deliver g / N, which is undone."""
         # N is that of the whole step, so that k passes with loss / k count like one pass with all samples.
-        samples: dict[int, int] = {}
-        for call in self.calls:
-            samples[call.backward_pass] = max(call.num_samples, samples.get(call.backward_pass, 0))
-        factor = sum(samples.values()) ** 2 if mean_reduction else 1
+        factor = self.num_samples() ** 2 if mean_reduction else 1
         total = sum(call.num_applications for call in self.calls)
         parts = [(call.output_grad_sq, call.num_applications / total * factor) for call in self.calls]
         return torch.stack([part * weight for part, weight in parts if part is not None]).sum(0)
@@ -174,6 +210,8 @@ class AffineLayer:
         output_scale: Tensor | float,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Eq. (3) for whichever of weight and bias has a gradient; arguments as of the function used."""
+        if is_sharded(weight_grad) or is_sharded(bias_grad):
+            return self._reparametrize_sharded(weight_grad, bias_grad, input_mean, scale, output_scale)
         if weight_grad is None:
             return None, None if bias_grad is None else (bias_grad * output_scale).to(bias_grad.dtype)
         if self.is_embedding:  # the inputs stand in the rows, and there is no bias
@@ -181,6 +219,34 @@ class AffineLayer:
             step = step * output_scale if isinstance(output_scale, Tensor) else step
             return step.to(weight_grad.dtype), None
         return reparametrized_gradient(weight_grad, bias_grad, input_mean, scale, output_scale, self.groups)
+
+    def _reparametrize_sharded(
+        self,
+        weight_grad: Tensor | None,
+        bias_grad: Tensor | None,
+        input_mean: Tensor | None,
+        scale: Tensor | float,
+        output_scale: Tensor | float,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        # Each process computes its own rows; gradients that are sharded in another way are brought together.
+        grads = weight_grad, bias_grad
+        if self.groups > 1 or not all(g is None or is_sharded_by_rows(g) for g in grads):
+            # Of a part it is not known, say, which group a row belongs to.
+            complete = (None if g is None else whole(g) for g in grads)
+            steps, back = self.reparametrize(*complete, input_mean, scale, output_scale), part_like
+        else:
+            like = next(g for g in grads if g is not None)
+            if self.is_embedding and isinstance(scale, Tensor):
+                scale = local_part(part_like(scale, like))
+            elif isinstance(output_scale, Tensor) and not self.is_embedding:
+                output_scale = local_part(part_like(output_scale, like))
+            steps, back = tuple(None if g is None else local_part(g) for g in grads), with_local
+            if steps[0 if weight_grad is not None else 1].numel() > 0:  # else there are fewer rows than processes
+                steps = self.reparametrize(*steps, input_mean, scale, output_scale)
+        weight_step, bias_step = (
+            None if s is None or g is None else back(s, g) for g, s in zip(grads, steps, strict=True)
+        )
+        return weight_step, bias_step
 
 
 def find_affine_layers(

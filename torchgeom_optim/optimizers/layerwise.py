@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import weakref
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import chain
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,13 @@ from torch.optim.optimizer import Optimizer
 from torch.optim.sgd import sgd
 
 from torchgeom_optim.geometry.capture import Capture, activations_are_not_kept
-from torchgeom_optim.optimizers.layers import AffineLayer, LayerCall, find_affine_layers
+from torchgeom_optim.optimizers.distributed import Ranks, process_group_of, sharding_problem
+from torchgeom_optim.optimizers.layers import AffineLayer, LayerCall, SeenCall, find_affine_layers
+from torchgeom_optim.optimizers.pooled_calls import Quantity, Wanted, calls_of_all_ranks
 from torchgeom_optim.optimizers.report import ParameterRule, RuleReport
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["LayerwiseOptimizer"]
 
@@ -30,17 +35,29 @@ class LayerwiseOptimizer(Optimizer):
     (:meth:`_check_group`), and computes directions (:meth:`_directions`). Its ``defaults`` hold the
     hyper-parameters of ``torch.optim.SGD`` and ``rule``, where "sgd" leaves a parameter to plain SGD.
 
+    Several processes: before a step, what all of them have seen of a layer takes the place of the layer's own calls
+    (:meth:`_calls_of_all_ranks`), so that a subclass that goes by these has statistics of the whole batch, equal in
+    all processes. Whatever else it measures on its part of the batch goes through :meth:`_mean_over_ranks`.
+
     Args:
         params: a model, or parameters or groups of them.
         defaults: hyper-parameters of groups that do not say otherwise.
         model: the module that owns the parameters; None makes every parameter one without a layer.
+        process_group: the processes that train the model together; None takes those of DistributedDataParallel or
+            ``fully_shard`` if the model is in one, else the default group.
     """
 
     # Tensors in the state that stay in their own dtype and have the length of a layer's input.
     _input_statistics: tuple[str, ...] = ()
     _statistics: tuple[str, ...] = ()
 
-    def __init__(self, params: nn.Module | Iterable[Any], defaults: dict[str, Any], model: nn.Module | None) -> None:
+    def __init__(
+        self,
+        params: nn.Module | Iterable[Any],
+        defaults: dict[str, Any],
+        model: nn.Module | None,
+        process_group: ProcessGroup | None = None,
+    ) -> None:
         if isinstance(params, nn.Module):
             if model is not None and model is not params:
                 raise ValueError("got two models; need one: give it once, as the first argument or as model=.")
@@ -50,6 +67,7 @@ class LayerwiseOptimizer(Optimizer):
                 f"model: got {type(model).__name__}, need a torch.nn.Module: give the network that is trained."
             )
         self._model = model
+        self._ranks = Ranks(process_group or process_group_of(model))
         self._layers: list[AffineLayer] = []
         self._has_foreign_momentum = False
         self._check_group(defaults, "default")
@@ -91,16 +109,23 @@ class LayerwiseOptimizer(Optimizer):
                 "need a model that contains them all: try an nn.ModuleList of everything that is trained."
             )
         if hasattr(self, "_capture"):  # not while the constructor adds its groups
-            self._watch_layers()
+            try:
+                self._watch_layers()
+            except ValueError:
+                self.param_groups.pop()
+                self._watch_layers()
+                raise
 
     def _watch_layers(self) -> None:
         """Find the layers of the model anew, keep what is known of them, and hook them."""
         calls = {layer.weight: layer.calls for layer in self._layers}
-        self._watched_rules = [group["rule"] for group in self.param_groups]
         self._group_of_parameter = {p: group for group in self.param_groups for p in group["params"]}
-        self._layers, self._refused = [], dict[Tensor, str]()
+        layers, refused = list[AffineLayer](), dict[Tensor, str]()
         if self._model is not None:
-            self._layers, self._refused = find_affine_layers(self._model, self._has_rule)
+            layers, refused = find_affine_layers(self._model, self._has_rule)
+            self._check_shards(self._model, layers)
+        self._layers, self._refused = layers, refused
+        self._watched_rules = [group["rule"] for group in self.param_groups]
         for layer in self._layers:
             layer.calls = calls.get(layer.weight, layer.calls)
         self._layer_of = {module: layer for layer in self._layers for module in layer.modules}
@@ -110,6 +135,17 @@ class LayerwiseOptimizer(Optimizer):
         if (capture := getattr(self, "_capture", None)) is not None:
             capture.close()
         self._capture: Capture = Capture(self._layer_of, self._on_call)
+
+    def _check_shards(self, model: nn.Module, layers: list[AffineLayer]) -> None:
+        problems = [(layer, why) for layer in layers if (why := sharding_problem(model, layer.weight)) is not None]
+        if problems:
+            names = {module: name for name, module in model.named_modules()}
+            layer, why = problems[0]
+            raise ValueError(
+                f"got {len(problems)} layers whose weights cannot be stepped in parts, {names.get(layer.modules[0])!r} "
+                f"among them: it is {why}; need one that is whole, or sharded by torch.distributed.fsdp.fully_shard "
+                "alone: try that, or a group with rule='sgd' for these."
+            )
 
     def _has_rule(self, parameter: Tensor) -> bool:
         group = self._group_of_parameter.get(parameter)
@@ -204,27 +240,76 @@ class LayerwiseOptimizer(Optimizer):
                 loss = closure()
         self._follow_rules()
         active = [layer for layer in self._layers if any(p.grad is not None for p in layer.parameters)]
-        self._check_calls(active)
+        device_type = next((p.device.type for group in self.param_groups for p in group["params"]), "cpu")
+        in_autocast = torch.is_autocast_enabled(device_type)  # entering the context costs as much as a layer
         with torch.no_grad():
-            device_type = next((p.device.type for group in self.param_groups for p in group["params"]), "cpu")
-            in_autocast = torch.is_autocast_enabled(device_type)  # entering the context costs as much as a layer
-            with torch.autocast(device_type, enabled=False) if in_autocast else nullcontext():
+            with (
+                torch.autocast(device_type, enabled=False) if in_autocast else nullcontext(),
+                self._calls_of_all_ranks(active) if self._ranks.number > 1 else nullcontext(),
+            ):
+                self._check_calls(active)
                 directions = self._directions(active)
             for group in self.param_groups:
                 self._descend(group, directions)
         self._forget_calls()
         return loss
 
+    # -- several processes ---------------------------------------------------------------------------------------
+
+    def _mean_over_ranks(self, tensors: Sequence[Tensor], counts: Sequence[float]) -> list[Tensor]:
+        """Means over all processes of what each has measured on its part of the batch, in one collective.
+
+        Args:
+            tensors: of this process; on all the same number, shapes and dtypes.
+            counts: observations that each is a mean over, 0 where there are none.
+
+        Returns:
+            Tensors equal on all processes; with one process those given.
+        """
+        return self._ranks.means(tensors, counts)
+
+    @contextmanager
+    def _calls_of_all_ranks(self, active: list[AffineLayer]) -> Iterator[None]:
+        """Inside, the calls of a layer are one: what all processes have seen. An error brings back the layer's own.
+
+        One collective for all layers; two more in the first step of a process, to compare and to find means.
+        """
+        own = [(layer, layer.calls) for layer in self._layers]
+        # Not only layers with a gradient here: the processes have to speak of the same ones.
+        layers = [layer for layer in self._layers if self._is_seen(layer)]
+        try:
+            pooled = calls_of_all_ranks(self._ranks, [self._wanted(layer) for layer in layers]) if layers else []
+            for layer, (call, extras) in zip(layers, pooled, strict=True):
+                # Whether a layer that this process did not call was called at all: only then wait for the device.
+                if layer.calls or (layer in active and float(call.num_samples) > 0):
+                    layer.calls = [self._with_extras(call, extras)]
+            yield
+        except BaseException:
+            for layer, calls in own:
+                layer.calls = calls
+            raise
+
+    def _is_seen(self, layer: AffineLayer) -> bool:
+        """Whether the calls of a layer matter; the same in all processes."""
+        return any(p.requires_grad for p in layer.parameters)
+
+    def _wanted(self, layer: AffineLayer) -> Wanted:
+        moments, output_grads = self._wants(self._group_of[layer]["rule"])
+        past = self.state[layer.weight].get("input_mean") if layer.weight in self.state else None
+        return Wanted(layer, moments, output_grads, past, self._extra_means(layer))
+
+    def _extra_means(self, layer: AffineLayer) -> list[Quantity]:
+        """Further means over the calls of a layer that go over the processes; of the same shapes in all of them."""
+        return []
+
+    def _with_extras(self, call: SeenCall, means: list[Tensor]) -> SeenCall:
+        """The call with these means in it, now over all processes."""
+        return call
+
     def _check_calls(self, active: list[AffineLayer]) -> None:
         """Refuse the step before anything has changed, where statistics are missing."""
         if not active:
             return
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            if (ranks := torch.distributed.get_world_size()) > 1:
-                raise RuntimeError(
-                    f"got {ranks} processes, whose layers see different inputs: their weights would drift apart. "
-                    "Need one process; try rule='sgd'. Nothing was changed."
-                )
         heard = any(layer.calls for layer in active)
         for layer in active:
             if layer.calls or (heard and self.state.get(layer.weight)):  # one that sat out goes by what is known
@@ -300,7 +385,7 @@ class LayerwiseOptimizer(Optimizer):
         super().load_state_dict({**state_dict, "state": state, "param_groups": groups})
         for index, p in owner.items():  # torch casts to the parameter's dtype, which is too coarse for these
             for key in self._statistics:
-                if key in state.get(index, {}):
+                if isinstance(state.get(index, {}).get(key), Tensor):
                     dtype = torch.promote_types(p.dtype, torch.float32)
                     self.state[p][key] = state[index][key].to(p.device, dtype, copy=True)
 
@@ -321,7 +406,7 @@ class LayerwiseOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """Everything that a copy or a pickle needs; the model goes with it, as the parameters do."""
         seen = [(layer.weight, layer.calls) for layer in self._layers]
-        return {**super().__getstate__(), "_model": self._model, "_seen": seen}
+        return {**super().__getstate__(), "_model": self._model, "_ranks": self._ranks, "_seen": seen}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy, or (called by torch) what a checkpoint holds, and watch the layers anew."""

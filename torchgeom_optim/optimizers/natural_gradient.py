@@ -4,30 +4,40 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from torchgeom_optim.geometry.capture import activations_are_not_kept
 from torchgeom_optim.geometry.metric import BLOCKS, Block, BlockValues, LayerVector, block_sums, scale_blocks
-from torchgeom_optim.geometry.reparametrization import fan_in_scale
 from torchgeom_optim.geometry.trust_region import inverse_lengths, network_sum
-from torchgeom_optim.optimizers.block_metrics import (
-    FINEST_BLOCK,
-    FROM_GRADIENTS,
-    WITH_FACTORS,
-    Metric,
-    Part,
-    Solve,
-    solver,
-)
+from torchgeom_optim.optimizers.block_metrics import Part, Solved, solved
 from torchgeom_optim.optimizers.hyperparameters import check_choice, check_range, check_sgd_settings
-from torchgeom_optim.optimizers.layer_factors import FactorCall, PassCounter, pooled_factors
+from torchgeom_optim.optimizers.layer_factors import (
+    CapturedProduct,
+    FactorCall,
+    FactorKind,
+    PassCounter,
+    SeenFactors,
+    pooled_factors,
+)
 from torchgeom_optim.optimizers.layers import AffineLayer
 from torchgeom_optim.optimizers.layerwise import LayerwiseOptimizer
+from torchgeom_optim.optimizers.metric_grid import (
+    FINEST_BLOCK,
+    FROM_GRADIENTS,
+    WITH_MATRICES,
+    Metric,
+    check_combination,
+    kind_of_factors,
+)
 from torchgeom_optim.optimizers.named_members import NamedMembers
+from torchgeom_optim.optimizers.pooled_calls import Quantity
 from torchgeom_optim.optimizers.report import RuleReport
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["BlockNaturalGradient", "Interval"]
 
@@ -81,6 +91,12 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
     given) parameters take the metric "identity" ("diagonal" if that is asked for), each one as a layer of its own.
     Sparse gradients are left as SGD takes them. :meth:`report` says which parameter gets what.
 
+    Several processes (DistributedDataParallel, ``fully_shard`` of FSDP2): what layers have seen is averaged over all of
+    them, in one collective per step before anything else is done with it; the trajectory is that of one process with
+    the whole batch. Sharded gradients are brought together, and every process computes all directions and keeps its
+    part: statistics are not sharded, momentum is. Build the optimizer after ``fully_shard``. Where batches differ in
+    size, let each process weigh its loss by its share of the samples times the number of processes.
+
     Memory beside momentum: one number per block for E; "diagonal" one per weight, "quasi_diagonal" two; "whitening" two
     vectors per layer; Kronecker 2 (q^2 + m^2) per layer with q inputs of a patch; "exact" 2 (m q)^2.
 
@@ -113,6 +129,8 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
         loss_scale: a number, or a function such as ``scaler.get_scale``, by which the loss was multiplied; same use.
         maximize: ascend.
         foreach: as in SGD.
+        process_group: the processes that train the model together; None takes those of DistributedDataParallel or
+            ``fully_shard`` if the model is in one, else the default group.
 
     Raises:
         ValueError: a hyper-parameter out of its range, a metric that couples the wanted blocks, or parameters that
@@ -142,6 +160,11 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
         "output_inverse",
         "fisher",
         "fisher_cholesky",
+        "sample_sq",
+        "sample_row",
+        "sample_bias_sq",
+        "dimension",
+        "sharing",
     )
     _settings = (
         "metric",
@@ -165,7 +188,7 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
         eps: float = 1e-16,
         norm_decay: float | Literal["auto"] = "auto",
         norm_start: Literal["first", "zero"] = "first",
-        expectation: Literal["average", "fan_in"] = "average",
+        expectation: Literal["average", "per_sample", "fan_in"] = "average",
         decay: float = 0.95,
         damping: float | Literal["auto"] = "auto",
         factor_interval: Interval = 1,
@@ -178,6 +201,7 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
         loss_scale: float | Tensor | Callable[[], float | Tensor] = 1.0,
         maximize: bool = False,
         foreach: bool | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         once = {
             "metric": metric,
@@ -189,18 +213,18 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
         check_choice(once, "metric", tuple(FINEST_BLOCK), "for all groups")
         check_choice(once, "block", (*BLOCKS, "network"), "for all groups")
         check_choice(once, "norm_start", ("first", "zero"), "for all groups")
-        check_choice(once, "expectation", ("average", "fan_in"), "for all groups")
+        check_choice(once, "expectation", ("average", "per_sample", "fan_in"), "for all groups")
         check_choice(once, "loss_reduction", ("mean", "sum"), "as the loss treats samples")
         if metric == "kronecker" and block == "unit":
             metric = "kronecker_diagonal"
-        _check_combination(metric, block, expectation)
+        check_combination(metric, block, expectation)
         _check_intervals(factor_interval=factor_interval, inverse_interval=inverse_interval)
         if not callable(loss_scale) and not 0.0 < float(loss_scale) < math.inf:
             raise ValueError(
                 f"loss_scale={loss_scale}: must be in (0, inf). Try scaler.get_scale, or 1 without a scaler."
             )
-        norm_decay = (0.0 if metric in WITH_FACTORS else 0.95) if norm_decay == "auto" else norm_decay
-        damping = (1.0 if metric in WITH_FACTORS else 0.01) if damping == "auto" else damping
+        norm_decay = (0.0 if metric in WITH_MATRICES else 0.95) if norm_decay == "auto" else norm_decay
+        damping = (1.0 if metric in WITH_MATRICES else 0.01) if damping == "auto" else damping
         self.metric: Metric = metric
         self.block: Block | Literal["network"] = block
         self._norm_start, self._expectation = norm_start, expectation
@@ -220,7 +244,7 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
             "decay": decay,
             "damping": damping,
         }
-        super().__init__(params, defaults, model)
+        super().__init__(params, defaults, model, process_group)
 
     # -- what LayerwiseOptimizer asks for --------------------------------------------------------------------------
 
@@ -242,8 +266,12 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
         return rule == "whitening", False
 
     @property
+    def _kind(self) -> FactorKind | None:
+        return kind_of_factors(self.metric, self._expectation)
+
+    @property
     def _needs_calls(self) -> bool:
-        return self.metric not in FROM_GRADIENTS or self._expectation == "fan_in"
+        return self.metric not in FROM_GRADIENTS or self._expectation != "average"
 
     def _watch_layers(self) -> None:
         self._passes = PassCounter()
@@ -253,10 +281,9 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
 
     def _on_call(self, module: nn.Module, x: Tensor, y: Tensor) -> Callable[[Tensor], None] | None:
         layer = self._layer_of[module]
-        rule = self._group_of[layer]["rule"]
-        if rule not in WITH_FACTORS or not self._is_due(layer, self._factor_interval):
+        if (kind := self._kind) is None or not self._is_due(layer, self._factor_interval):
             return super()._on_call(module, x, y)
-        call = FactorCall(layer, x, y, rule, self._passes)
+        call = FactorCall(layer, x, y, kind, self._passes, with_moments=self.metric == "whitening")
         if activations_are_not_kept():
             call.summarise()
         return call.on_output_grad
@@ -274,27 +301,37 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
         if self._needs_calls:
             super()._check_calls(active)
 
+    def _is_seen(self, layer: AffineLayer) -> bool:
+        return self._needs_calls and super()._is_seen(layer)
+
+    def _extra_means(self, layer: AffineLayer) -> list[Quantity]:
+        if self.metric in WITH_MATRICES:
+            raise RuntimeError(
+                f"got {self._ranks.number} processes with metric={self.metric!r}; need one process: try "
+                "metric='whitening'. Nothing was changed."
+            )
+        return []
+
     # -- the step ------------------------------------------------------------------------------------------------
 
     def _directions(self, layers: list[AffineLayer]) -> dict[int, Tensor]:
         kind: Block = "layer" if self.block == "network" else self.block
         parts = self._parts(layers)
-        solves = [self._solver(part) for part in parts]  # may raise; nothing has changed so far
-        directions = [solve(part.gradient) for solve, part in zip(solves, parts, strict=True)]
-        norms = [self._norms(part, u, kind) for part, u in zip(parts, directions, strict=True)]
+        found = [self._solved(part) for part in parts]  # may raise; nothing has changed so far
+        norms = [self._norms(part, solution, kind) for part, solution in zip(parts, found, strict=True)]
         if self.block == "network" and norms:
             norms = [network_sum(norms)] * len(parts)
-        found: dict[int, Tensor] = {}
-        for part, solve, u, values in zip(parts, solves, directions, norms, strict=True):
-            factors = inverse_lengths(values, part.group["eps"] if self._expectation == "average" else 0.0)
-            part.write(scale_blocks(u, factors, kind), found)
+        directions: dict[int, Tensor] = {}
+        for part, solution, values in zip(parts, found, norms, strict=True):
+            factors = inverse_lengths(values, part.group["eps"] if self._expectation != "fan_in" else 0.0)
+            part.write(scale_blocks(solution.direction, factors, kind, in_place=solution.is_new), directions)
             for p, _, new in part.parameters:
                 self.state[p].update(new)
             if self._has_foreign_momentum:
-                self._take_over_momentum(part, solve, factors, kind)
+                self._take_over_momentum(part, solution, factors, kind)
         if self._has_foreign_momentum:  # of what sat this step out
             self._has_foreign_momentum = any("gradient_momentum" in values for values in self.state.values())
-        return found
+        return directions
 
     def _parts(self, layers: list[AffineLayer]) -> list[Part]:
         """Everything that has a gradient and is not left to SGD; layers first."""
@@ -312,19 +349,32 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
                     parts.append(Part(p, None, None, group, (self.state.get(p, {}), {})))
         return parts
 
-    def _solver(self, part: Part) -> Solve:
-        layer, invert = part.layer, False
-        factors: tuple[Tensor, ...] = ()
-        if layer is not None and self.metric in WITH_FACTORS:
-            invert = self._is_due(layer, self._inverse_interval)
-            factors = pooled_factors(layer.calls, mean_reduction=self._loss_reduction == "mean")
-            scale = self._loss_scale() if callable(self._loss_scale) else self._loss_scale
-            if factors and not (isinstance(scale, float) and scale == 1.0):
-                factors = (*factors[:-1], factors[-1] / scale**2)
-            part.new[0]["step"] = part.past[0].get("step", 0) + 1
-        return solver(part, self.metric, factors, invert=invert)
+    def _solved(self, part: Part) -> Solved:
+        layer = part.layer
+        if layer is None or self._kind is None:
+            return solved(part, self.metric, ())
+        scale = self._loss_scale() if callable(self._loss_scale) else self._loss_scale
+        factors = pooled_factors(layer.calls, mean_reduction=self._loss_reduction == "mean", loss_scale=scale)
+        invert = self.metric in WITH_MATRICES and self._is_due(layer, self._inverse_interval)
+        product = self._captured_product(part, invert) if scale is self._loss_scale and scale == 1.0 else None
+        part.new[0]["step"] = part.past[0].get("step", 0) + 1
+        with_samples = self._expectation == "per_sample"
+        return solved(part, self.metric, factors, invert=invert, product=product, with_samples=with_samples)
 
-    def _norms(self, part: Part, u: LayerVector, kind: Block) -> BlockValues:
+    def _captured_product(self, part: Part, check: bool) -> CapturedProduct | None:
+        """The gradient as a product of what the layer's one call saw, unless something else has a part in it."""
+        calls = [] if part.layer is None else part.layer.calls
+        if len(calls) != 1 or not isinstance(calls[0], SeenFactors) or part.past[0].get("is_edited"):
+            return None
+        product = calls[0].product
+        if product is None or not product.is_gradient_of([p for p, _, _ in part.parameters]):
+            return None
+        if check and not product.agrees_with(part.gradient.weight):  # when one waits for the device anyway
+            part.new[0]["is_edited"] = True
+            return None
+        return product
+
+    def _norms(self, part: Part, solution: Solved, kind: Block) -> BlockValues:
         """E of every block."""
         if self._expectation == "fan_in":
             units = part.gradient.weight.new_ones(len(part.gradient.weight))
@@ -333,21 +383,27 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
             sharing = part.layer.sharing() if part.layer.calls else part.past[0]["sharing"]
             part.new[0]["sharing"] = sharing
             return (units / fan_in_scale(part.layer.fan_in, sharing) ** 2,)
-        values, decay = block_sums(part.gradient, u, kind), part.group["norm_decay"]
+        if solution.sample_norms is not None:
+            return solution.sample_norms(kind)
+        g, u, decay = part.gradient, solution.direction, part.group["norm_decay"]
+        start = 1 - decay if self._norm_start == "zero" else 1.0
+        if kind == "weight" and decay > 0:
+            weight = part.average_product(0, "norm_sq", g.weight, u.weight, decay, start)
+            if g.bias is None or u.bias is None:
+                return (weight,)
+            return weight, part.average_product(1, "norm_sq", g.bias, u.bias, decay, start)
+        values = block_sums(g, u, kind)
         if decay == 0:
             return values
         averages = []
         for (_, past, new), now in zip(part.parameters, values, strict=False):
             before = past.get("norm_sq")
-            if before is None:
-                now = now * (1 - decay) if self._norm_start == "zero" else now
-            else:
-                now = torch.lerp(before.to(now.dtype), now, 1 - decay)
+            now = now * start if before is None else torch.lerp(before.to(now.dtype), now, 1 - decay)
             new["norm_sq"] = now
             averages.append(now)
         return tuple(averages)
 
-    def _take_over_momentum(self, part: Part, solve: Solve, factors: BlockValues, kind: Block) -> None:
+    def _take_over_momentum(self, part: Part, solution: Solved, factors: BlockValues, kind: Block) -> None:
         """Put momentum of a run with torch.optim.SGD, which averages gradients, into our coordinates."""
         before = [self.state[p].pop("gradient_momentum", None) for p, _, _ in part.parameters]
         if all(momentum is None for momentum in before):
@@ -355,7 +411,7 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
         filled = [torch.zeros_like(p) if m is None else m for (p, _, _), m in zip(part.parameters, before, strict=True)]
         momentum = part.vector(filled[0], None if part.bias is None else filled[1])
         buffers: dict[int, Tensor] = {}
-        part.write(scale_blocks(solve(momentum), factors, kind), buffers)
+        part.write(scale_blocks(solution.solve(momentum), factors, kind), buffers)
         for p, _, _ in part.parameters:
             self.state[p]["momentum_buffer"] = buffers[id(p)]
 
@@ -432,20 +488,6 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
     def __getstate__(self) -> dict[str, Any]:
         """Everything that a copy or a pickle needs."""
         return {**super().__getstate__(), **{name: getattr(self, name) for name in self._settings}}
-
-
-def _check_combination(metric: str, block: str, expectation: str) -> None:
-    finest = FINEST_BLOCK[metric]
-    if block in BLOCKS[: BLOCKS.index(finest)]:
-        raise ValueError(
-            f"metric={metric!r} with block={block!r}: this metric couples the parameters of one {finest}; need blocks "
-            f"that it does not couple: try block={finest!r}, or metric='diagonal'."
-        )
-    if expectation == "fan_in" and (block != "unit" or metric not in ("identity", "whitening")):
-        raise ValueError(
-            f"expectation='fan_in' with metric={metric!r}, block={block!r}: need block='unit' and metric 'identity' or "
-            "'whitening', for which §3.5 derives it; try expectation='average'."
-        )
 
 
 def _check_intervals(**intervals: Any) -> None:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from torchgeom_optim.geometry.moments import Moments, running_moments
-from torchgeom_optim.geometry.reparametrization import fan_in_scale, guarded_second_moment, precision
+from torchgeom_optim.geometry.reparametrization import guarded_second_moment, precision
 from torchgeom_optim.optimizers.batch_norm import FoldedBatchNorm, fold_batch_norm
 from torchgeom_optim.optimizers.hyperparameters import check_choice, check_range, check_sgd_settings
 from torchgeom_optim.optimizers.layers import AffineLayer
 from torchgeom_optim.optimizers.layerwise import LayerwiseOptimizer
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["Rule", "WhiteningSGD"]
 
@@ -71,6 +74,12 @@ class WhiteningSGD(LayerwiseOptimizer):
     scale. Under ``torch.compile`` build the optimizer before the first call of the compiled model, so that it sees the
     layers; each one then ends a compiled graph.
 
+    Several processes (DistributedDataParallel, ``fully_shard`` of FSDP2): the statistics are those of all processes'
+    batches, averaged in one collective per step before anything else is done with them, so that the trajectory is that
+    of one process with the whole batch. Of weights sharded by rows each process computes its own rows; a grouped
+    convolution's gradient is brought together. Build the optimizer after ``fully_shard``. Where batches differ in size,
+    let each process weigh its loss by its share of the samples times the number of processes.
+
     Args:
         params: a model, or parameters or groups of them as for any optimizer (named ones too).
         lr: learning rate, a number or a tensor of one element, in [0, inf).
@@ -86,6 +95,8 @@ class WhiteningSGD(LayerwiseOptimizer):
         loss_scale: a number, or a function such as ``scaler.get_scale``, by which the loss was multiplied; same use.
         maximize: ascend.
         foreach: as in SGD.
+        process_group: the processes that train the model together; None takes those of DistributedDataParallel or
+            ``fully_shard`` if the model is in one, else the default group.
 
     Raises:
         ValueError: a hyper-parameter out of its range, or parameters that the model does not own.
@@ -102,7 +113,7 @@ class WhiteningSGD(LayerwiseOptimizer):
     """
 
     _input_statistics = ("input_mean", "input_variance")
-    _statistics = (*_input_statistics, "output_grad_sq")
+    _statistics = (*_input_statistics, "output_grad_sq", "sharing")
 
     def __init__(
         self,
@@ -121,6 +132,7 @@ class WhiteningSGD(LayerwiseOptimizer):
         loss_scale: float | Tensor | Callable[[], float | Tensor] = 1.0,
         maximize: bool = False,
         foreach: bool | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         if loss_reduction not in ("mean", "sum"):
             raise ValueError(f"loss_reduction={loss_reduction!r}: must be 'mean' or 'sum', as the loss treats samples.")
@@ -142,7 +154,7 @@ class WhiteningSGD(LayerwiseOptimizer):
             "decay": decay,
             "damping": damping,
         }
-        super().__init__(params, defaults, model)
+        super().__init__(params, defaults, model, process_group)
 
     def _check_group(self, group: Mapping[str, Any], where: str) -> None:
         check_range(group, "lr", where, hint="0.1 is a common start, 0.03 with momentum 0.9.")
@@ -177,7 +189,7 @@ class WhiteningSGD(LayerwiseOptimizer):
                 directions[id(bias)] = bias_step
             for free in layer.free_biases:
                 if free.grad is not None:
-                    directions[id(free)] = (free.grad * output_scale).to(free.dtype)
+                    directions[id(free)] = layer.scale_bias(free.grad, output_scale)
         if len(layers) == len(self._layers):  # else a layer that sat this step out still has its own
             self._has_foreign_momentum = False
         return directions
@@ -238,13 +250,13 @@ class WhiteningSGD(LayerwiseOptimizer):
         if layer.calls:
             state["sharing"] = layer.sharing()
         if group["rule"] != "whitening_second_order":
-            return fan_in_scale(layer.fan_in, state["sharing"])
+            return layer.fan_in_scale(state["sharing"])
         if layer.calls:
             scale = self._loss_scale() if callable(self._loss_scale) else self._loss_scale
             now = layer.output_grad_sq(mean_reduction=self._loss_reduction == "mean") / scale**2
             state["output_grad_sq"] = torch.lerp(state.get("output_grad_sq", now), now, 1 - group["decay"])
         mean_sq = state["output_grad_sq"]
-        return precision(mean_sq, mean_sq.mean() * group["damping"]) / float(state["sharing"])
+        return precision(mean_sq, mean_sq.mean() * group["damping"]) / state["sharing"]
 
     def _take_over_momentum(
         self, layer: AffineLayer, mean: Tensor | None, scale: Tensor | float, output_scale: float | Tensor
@@ -258,7 +270,7 @@ class WhiteningSGD(LayerwiseOptimizer):
                 state["momentum_buffer"] = buffer
         for free in layer.free_biases:
             if (buffer := self.state[free].pop("gradient_momentum", None)) is not None:
-                self.state[free]["momentum_buffer"] = (buffer * output_scale).to(free.dtype)
+                self.state[free]["momentum_buffer"] = layer.scale_bias(buffer, output_scale)
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything that a copy or a pickle needs."""

@@ -1,0 +1,209 @@
+"""Several processes that train one model: means over what each has seen, and tensors of which each holds a part."""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
+
+import torch
+from torch import Tensor, distributed, nn
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.tensor import DTensor
+
+__all__ = [
+    "Ranks",
+    "in_process_group",
+    "is_sharded",
+    "is_sharded_by_rows",
+    "local_part",
+    "part_like",
+    "process_group_of",
+    "sharding_problem",
+    "whole",
+    "with_local",
+]
+
+
+def in_process_group() -> bool:
+    """Whether torch.distributed is in use, if only with one process."""
+    return distributed.is_available() and distributed.is_initialized()
+
+
+class Ranks:
+    """The processes (ranks) that train one model, each on data of its own.
+
+    A deep copy is among the same processes; one that comes out of a pickle is among those of the default group.
+
+    Args:
+        process_group: None for the default group, if there is one. A group of one process trains for itself.
+    """
+
+    def __init__(self, process_group: ProcessGroup | None = None) -> None:
+        self._group = process_group
+        self._has_agreed = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
+        return Ranks(self._group)
+
+    def __reduce__(self) -> tuple[type[Ranks], tuple[()]]:
+        return Ranks, ()
+
+    @property
+    def number(self) -> int:
+        """How many they are; 1 where torch.distributed is not in use."""
+        return distributed.get_world_size(self._group) if in_process_group() else 1
+
+    def means(self, tensors: Sequence[Tensor], counts: Sequence[float]) -> list[Tensor]:
+        r"""Means over all processes, x = \sum_k c_k x_k / \sum_k c_k, equal on each bit for bit.
+
+        All tensors go in one collective operation, or in one per device and dtype; nothing waits for the device.
+
+        Args:
+            tensors: x_k of this process, floating point; on every process the same number, shapes and dtypes.
+            counts: c_k of this process, one for each tensor, not negative; a process that has seen nothing gives 0
+                (its tensor must be finite even so).
+
+        Returns:
+            New tensors; 0 where all counts are 0. With one process, the tensors themselves.
+
+        Raises:
+            RuntimeError: another process has failed, or is at something else.
+        """
+        if self.number == 1 or not tensors:
+            return list(tensors)
+        alike: dict[Hashable, list[int]] = defaultdict(list)
+        for place, tensor in enumerate(tensors):
+            alike[tensor.device, tensor.dtype].append(place)
+        means = list(tensors)
+        for places in alike.values():
+            weights = [float(counts[place]) for place in places]
+            parts = torch._foreach_mul([tensors[place].reshape(-1) for place in places], weights)
+            total = torch.cat([*parts, parts[0].new_tensor(weights)])
+            self._reduce(total, distributed.ReduceOp.SUM)
+            *sums, counted = total.split([part.numel() for part in parts] + [len(parts)])
+            shares = counted.clamp(min=torch.finfo(counted.dtype).tiny).reciprocal_()
+            for place, values, share in zip(places, sums, shares.unbind(), strict=True):
+                means[place] = (values * share).view(tensors[place].shape)
+        return means
+
+    def require_agreement(self, layout: Sequence[Hashable], device: torch.device) -> None:
+        """Compare, the first time, what the processes are about to average.
+
+        Args:
+            layout: numbers and tuples of numbers.
+            device: that the processes communicate from.
+
+        Raises:
+            RuntimeError: they differ.
+        """
+        if self._has_agreed:
+            return
+        key = hash(tuple(layout)) >> 1  # of numbers: the same in every process; its negative is a number, too
+        both = torch.tensor([key, -key], device=device)
+        self._reduce(both, distributed.ReduceOp.MAX)
+        highest, negative_lowest = both.tolist()
+        if highest != -negative_lowest:
+            raise RuntimeError(
+                f"got processes whose models or hyper-parameters differ, among {self.number}; need the same model and "
+                "the same parameter groups in all of them: try process_group=, with those that train one model "
+                "together. Nothing was changed."
+            )
+        self._has_agreed = True
+
+    def _reduce(self, tensor: Tensor, operation: Any) -> None:
+        try:
+            distributed.all_reduce(tensor, operation, group=self._group)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"got an error from the process group, in which {self.number} processes average what their layers have "
+                f"seen ({error}); need all of them to take this step: look for the first that failed, and start all "
+                "again from the last checkpoint. Nothing was changed."
+            ) from error
+
+
+# -- tensors of which each process holds a part --------------------------------------------------------------------
+
+
+def is_sharded(tensor: object) -> TypeGuard[DTensor]:
+    """Whether it is a DTensor, as the parameters of ``fully_shard`` are."""
+    module = sys.modules.get("torch.distributed.tensor")  # importing it takes a while, and then there is none
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The complete tensor, brought together from all processes, which must all call this; else the tensor itself."""
+    return cast(Tensor, tensor.full_tensor()) if is_sharded(tensor) else tensor
+
+
+def part_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """Of a tensor that every process has completely, the part that it has of ``like``; nothing is communicated.
+
+    Args:
+        tensor: equal on all processes; dimensions over which ``like`` is sharded are of the same length.
+        like: says how it is to be sharded, if it is.
+
+    Returns:
+        A DTensor if ``like`` is one, else the tensor itself.
+    """
+    if not is_sharded(like):
+        return tensor
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = like.device_mesh
+    complete = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return cast(Tensor, complete.redistribute(mesh, like.placements))
+
+
+def is_sharded_by_rows(tensor: Tensor) -> bool:
+    """Whether it is a DTensor of which every process has complete rows."""
+    return is_sharded(tensor) and all(p.is_shard(0) or p.is_replicate() for p in tensor.placements)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process has of a DTensor; else the tensor itself."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def with_local(local: Tensor, like: Tensor) -> Tensor:
+    """The reverse: a DTensor sharded like another one, of which this process's part is given."""
+    if not is_sharded(like):
+        return local
+    from torch.distributed.tensor import DTensor
+
+    shape, stride = like.shape, like.stride()
+    return DTensor.from_local(local, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride)
+
+
+def process_group_of(model: nn.Module | None) -> ProcessGroup | None:
+    """The group of a model inside DistributedDataParallel or ``fully_shard``; None for the default group."""
+    if model is None or not in_process_group():
+        return None
+    for module in model.modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            return cast("ProcessGroup", module.process_group)
+    for p in model.parameters():
+        if is_sharded(p) and p.device_mesh.ndim == 1:
+            return p.device_mesh.get_group()
+    return None
+
+
+def sharding_problem(model: nn.Module, weight: Tensor) -> str | None:
+    """Why a layer cannot be stepped on its own inputs, if its weight lies on several processes; else None."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None and any(isinstance(module, fsdp.FullyShardedDataParallel) for module in model.modules()):
+        return "flattened by FullyShardedDataParallel"
+    if not is_sharded(weight):
+        return None
+    if fsdp is None or not any(isinstance(module, fsdp.FSDPModule) for module in model.modules()):
+        return f"a DTensor ({_placements(weight)}) of tensor parallelism, whose layer sees but a part of its inputs"
+    if sum(placement.is_shard() for placement in weight.placements) != 1:
+        return f"sharded in more than one way ({_placements(weight)})"
+    return None
+
+
+def _placements(tensor: DTensor) -> str:
+    return ", ".join(map(repr, tensor.placements))
