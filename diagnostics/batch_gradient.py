@@ -160,6 +160,14 @@ class BatchGradient:
         """The mean loss at w."""
         return self._evaluate(lambda weights, outputs, losses: self._mean(losses).detach(), frozen_weights=True)
 
+    def num_outputs(self) -> int:
+        """Numbers per sample in the largest tensor that the model returns."""
+
+        def read(weights: dict[str, Tensor], outputs: Any, losses: Tensor) -> int:
+            return max(x.numel() for x in tree_leaves(outputs) if isinstance(x, Tensor)) // self.num_samples
+
+        return self._evaluate(read, frozen_weights=True)
+
     def _mean(self, losses: Tensor) -> Tensor:
         return losses.sum() * (_scale(losses, self._loss_fn, self._reduction, self.num_samples) / self.num_samples)
 

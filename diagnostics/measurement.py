@@ -291,9 +291,10 @@ class Measurement:
         return torch.Generator().manual_seed(self.options.seed * 1_000_003 + self.step)
 
     def numbers(self) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-        """All of it as floats, with one transfer from the device: whole network, and metric -> layer -> value.
+        """All of it as floats, with one transfer from the device.
 
-        Metrics that are wanted and missing are nan.
+        Returns:
+            Metric -> value for the whole network, nan where a metric is wanted and missing; metric -> layer -> value.
         """
         names = list(self._numbers)
         flat: list[float] = []

@@ -1,0 +1,513 @@
+"""Diagnostics: how well conditioned the gradient is while a network trains, seen from the loop's own passes."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from torchgeom_optim.diagnostics.batch_gradient import BatchGradient
+from torchgeom_optim.diagnostics.conditioning import two_step_condition_number
+from torchgeom_optim.diagnostics.cost import Cost, predicted_cost
+from torchgeom_optim.diagnostics.history import History, Record
+from torchgeom_optim.diagnostics.loop import CriterionCall, LoopWatch, ObservedPass
+from torchgeom_optim.diagnostics.masking import RandomMask
+from torchgeom_optim.diagnostics.measurement import Layers, Measurement, Options
+from torchgeom_optim.diagnostics.metrics import METRICS, MetricsChoice, chosen_metrics
+from torchgeom_optim.diagnostics.schedule import Schedule, as_schedule
+from torchgeom_optim.geometry.gram import per_sample_gram
+from torchgeom_optim.geometry.gram_accumulator import GramResult
+from torchgeom_optim.geometry.gram_recorder import GramRecorder
+from torchgeom_optim.geometry.per_sample import Batch
+
+__all__ = ["Diagnostics"]
+
+
+class Diagnostics:
+    """Measures how gradients agree and how they change, on a schedule, while a training loop runs as it is.
+
+    Attached, it takes the Gram matrix of the samples' gradients from the loop's own backward pass, for the products
+    alone; metrics that need further passes (:data:`~torchgeom_optim.diagnostics.metrics.METRICS` says which) make
+    them right after that pass, on the same batch and weights. Nothing that training computes is changed, random
+    numbers and running statistics included. What goes wrong while a loop runs is written into the record's notes, and
+    the metrics concerned are nan; :meth:`measure` raises instead.
+
+    - *The loss* is the criterion's, or, without a criterion, the one that the model returns. It must be a scalar, and
+      the backward pass must go through it; what it is multiplied by on the way (loss scales, 1 / accumulation steps) is
+      undone. Under gradient accumulation the first micro-batch of a step is measured.
+    - *The model* is seen in the mode that it is in. Where batch normalization couples the samples, a gradient is the
+      sample's contribution to the batch gradient, and a note says so; ``freeze_statistics`` measures with running
+      statistics instead, in a pass of its own. Dropout's masks are those of the pass; further passes share one mask.
+      Under autocast further passes are in full precision.
+    - *Compiled models* (``torch.compile(model)``) are measured in an uncompiled pass of their own.
+
+    Args:
+        model: the module that the loop calls.
+        criterion: the module that the loop computes its loss with; any callable where only :meth:`measure` is used;
+            None if the model returns its loss.
+        every: a number of steps, :class:`~torchgeom_optim.diagnostics.schedule.LogSpaced`, or a callable that is asked
+            once for each step, one step ahead.
+        metrics: "free" (norms, and the two-step condition number), "default" (all from the Gram matrix), "cheap" (and
+            about four passes), "full" (all), "spectrum"; or a list of such and of single metrics.
+        per_layer: also for each layer.
+        reduction: how the loss comes from the samples' losses; the criterion's own by default, or else the mean.
+        freeze_statistics: let batch normalization use its running statistics while measuring.
+        history: where to put the records; a new one by default.
+        options: how to measure, in detail.
+
+    Raises:
+        ValueError: nothing to train in the model, an unknown metric, a schedule of zero, a criterion without reduction,
+            a model that is spread over processes.
+        TypeError: the model is no module; the schedule or the criterion cannot be called.
+
+    Example:
+        >>> model, criterion = nn.Linear(3, 2), nn.CrossEntropyLoss()
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> with Diagnostics(model, criterion, every=2).attach(optimizer) as diagnostics:
+        ...     for _ in range(4):
+        ...         optimizer.zero_grad()
+        ...         criterion(model(torch.randn(8, 3)), torch.randint(2, (8,))).backward()
+        ...         optimizer.step()
+        >>> [record.step for record in diagnostics.history]
+        [0, 2]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: Callable[..., Tensor] | None = None,
+        every: int | Schedule = 100,
+        metrics: MetricsChoice = "default",
+        *,
+        per_layer: bool = True,
+        reduction: Literal["mean", "sum"] | None = None,
+        freeze_statistics: bool = False,
+        history: History | None = None,
+        options: Options | None = None,
+    ) -> None:
+        self._called, self._model = model, _innermost(model)
+        if criterion is not None and not callable(criterion):
+            raise TypeError(f"criterion={criterion!r}: must be a module or a function; nn.CrossEntropyLoss() is one.")
+        self.criterion = criterion
+        self.schedule = as_schedule(every)
+        self.metrics = chosen_metrics(metrics)
+        self.history = History() if history is None else history
+        self.options = options or Options()
+        self.step = 0
+        self._reduction: Literal["mean", "sum"] = _reduction_of(criterion, reduction)
+        self._freeze = freeze_statistics
+        self._layers = Layers(self._model, per_layer)
+        self._mask: RandomMask | None = None
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._watch: LoopWatch | None = None
+        self._recorder: GramRecorder | None = None
+        self._handles: list[RemovableHandle] = []
+        self._due = self._next_due = False
+        self._waiting: Measurement | None = None  # for the gradients that the optimizer gets
+        self._previous: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None  # weights and gradients a step ago
+        self._warned: set[str] = set()
+
+    def attach(self, optimizer: torch.optim.Optimizer | None = None) -> Diagnostics:
+        """Watch the loop from now on.
+
+        Args:
+            optimizer: counts the steps, and tells the learning rate and the steps taken. Without one every backward
+                pass is a step, and there is no two-step condition number.
+
+        Returns:
+            Itself.
+
+        Raises:
+            RuntimeError: it is attached already, or hooks would not be called.
+            TypeError: the criterion is not a module, so that nothing tells the loss; no optimizer.
+            ValueError: the optimizer has none of the model's parameters.
+        """
+        if self._watch is not None:
+            raise RuntimeError("attached already: close() it first, or make another Diagnostics for another loop.")
+        if self.criterion is not None and not isinstance(self.criterion, nn.Module):
+            raise TypeError(
+                f"criterion={self.criterion!r}: a function cannot be watched, the loop's criterion must be a module; "
+                f"take nn.CrossEntropyLoss() for F.cross_entropy, or call measure(x, y)."
+            )
+        if getattr(self._called, "_compiled_call_impl", None) is not None:
+            raise RuntimeError(
+                "model.compile() has compiled the model in place, and hooks set now are not called; use "
+                "torch.compile(model) and give what it returns, attach first, or call measure(x, y)."
+            )
+        if optimizer is not None:
+            self._follow(optimizer)
+        compiled = self._called is not self._model and hasattr(self._called, "_orig_mod")
+        watched = self._called if compiled else self._model
+        self._watch = LoopWatch(watched, self.criterion, self._after_backward)
+        self._watch.counting = optimizer is None
+        if self._needs_gram and not compiled and not self._freeze:
+            per_parameter = bool(self._layers.names)
+            self._recorder = GramRecorder(self._model, reduction=self._reduction, per_parameter=per_parameter)
+        self._next_due = bool(self.schedule(self.step))
+        self._advance(0)
+        return self
+
+    def close(self) -> None:
+        """Remove every hook and let go of every tensor; the history stays. Calling it twice is fine."""
+        if self._waiting is not None:
+            self._append(self._waiting)
+        for handle in self._handles:
+            handle.remove()
+        for owner in (self._watch, self._recorder):
+            if owner is not None:
+                owner.close()
+        self._handles = []
+        self._watch = self._recorder = self._optimizer = self._previous = None
+        self._due = self._next_due = False
+
+    def __enter__(self) -> Diagnostics:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether it watches a loop."""
+        return self._watch is not None
+
+    def measure(self, x: Any, y: Any = None) -> Record:
+        """Measure a batch here and now, attached or not, in passes of its own; the record joins the history.
+
+        Args:
+            x: the model's input, a tuple of its arguments or a dict of its keyword arguments; samples along axis 0.
+            y: what the criterion takes besides the outputs, if anything.
+
+        Returns:
+            The record. ``weight_condition_number_two_step`` is nan.
+
+        Raises:
+            Exception: whatever goes wrong, such as a ValueError for a batch of one sample; nothing is recorded then.
+        """
+        loss_fn = CriterionCall(None) if self.criterion is None else self.criterion
+        batch = Batch(x, y)
+        measurement = self._new_measurement(strict=True)
+        measurement.batch_size = batch.num_samples
+        start = time.perf_counter()
+        self._gather(measurement, batch, loss_fn, None, None)
+        gradient = BatchGradient(self._model, loss_fn, batch, reduction=self._reduction)
+        measurement.loss = float(gradient.mean_loss())
+        measurement.seconds = time.perf_counter() - start
+        return self._append(measurement)
+
+    def predict_cost(self, x: Any, y: Any = None) -> Cost:
+        """What a measurement on such a batch will take, told before the first: see :class:`Cost`.
+
+        Args:
+            x: as for :meth:`measure`.
+            y: likewise.
+
+        Returns:
+            Seconds and bytes beyond the loop's own.
+        """
+        loss_fn = CriterionCall(None) if self.criterion is None else self.criterion
+        gradient = BatchGradient(self._model, loss_fn, Batch(x, y), reduction=self._reduction)
+        return predicted_cost(gradient, self.metrics, self._layers, self.options, rides=not self._freeze)
+
+    def summary(self) -> str:
+        """What a person would make of the history, in words."""
+        from torchgeom_optim.diagnostics import reading
+
+        return str(reading.summary(self.history))
+
+    def plot(self, **options: Any) -> Any:
+        """A dashboard of the history; needs matplotlib."""
+        from torchgeom_optim.diagnostics import plots
+
+        return plots.dashboard(self.history, **options)
+
+    def __repr__(self) -> str:
+        state = "attached" if self.is_attached else "not attached"
+        return (
+            f"Diagnostics({type(self._model).__name__}, {state}, {len(self.history)} records, metrics={self.metrics})"
+        )
+
+    # The loop
+
+    def _follow(self, optimizer: torch.optim.Optimizer) -> None:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizer is a {type(optimizer).__name__}: a torch.optim.Optimizer is needed, or None.")
+        own = {id(p) for p in self._layers.parameters.values()}
+        if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+            raise ValueError("the optimizer has none of the model's parameters: give the one that trains this model.")
+        self._optimizer = optimizer
+        this = weakref.ref(self)
+
+        def before(*args: object) -> None:
+            if (owner := this()) is not None:
+                owner._before_step()
+
+        def after(*args: object) -> None:
+            if (owner := this()) is not None:
+                owner._advance(1)
+
+        self._handles = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
+        weakref.finalize(self, _remove, self._handles).atexit = False
+
+    def _advance(self, steps: int) -> None:
+        self.step += steps
+        self._due, self._next_due = self._next_due, bool(self.schedule(self.step + 1))
+        self._arm()
+
+    def _arm(self) -> None:
+        if self._watch is not None:
+            self._watch.wanted = self._due
+        if self._recorder is not None:
+            self._recorder.enabled = self._due
+
+    def _after_backward(self, observed: ObservedPass) -> None:
+        if self._due:
+            self._due = False  # once a step
+            self._arm()
+            start = time.perf_counter()
+            if self._waiting is not None:  # a step that a GradScaler skipped
+                self._append(self._waiting)
+            measurement = self._measured(observed)
+            measurement.seconds = time.perf_counter() - start
+            if self._optimizer is not None and (self._needs_step or self._needs_gradient):
+                self._waiting = measurement
+            else:
+                self._append(measurement)
+        if self._optimizer is None:
+            self._advance(1)
+
+    def _measured(self, observed: ObservedPass) -> Measurement:
+        measurement = self._new_measurement()
+        if observed.loss is not None:
+            measurement.loss = float(observed.loss)
+        batch, scale = observed.batch(), math.nan
+        try:
+            measurement.batch_size = batch.num_samples
+            scale = float(observed.scale) if observed.scale is not None else math.nan
+            if self._reduction == "sum":
+                measurement.loss /= measurement.batch_size
+        except (TypeError, ValueError) as error:
+            measurement.note(f"the batch: {error}")
+        if observed.num_losses != 1:
+            measurement.note(f"the criterion was called {observed.num_losses} times on one pass: not measured")
+            return measurement
+        if observed.loss_fn is None:
+            measurement.note(
+                "the criterion's input is not what the model returned: only what the backward pass shows is measured; "
+                "put what lies between into the model or the criterion"
+            )
+        self._gather(measurement, batch, observed.loss_fn, scale, observed)
+        if self._needs_gradient and self._optimizer is None and math.isfinite(scale) and scale:
+            measurement.from_gradient({name: g / scale for name, g in self._gradients().items()})
+        if self._needs_step and self._optimizer is None:
+            measurement.note("weight_condition_number_two_step needs attach(optimizer)")
+        return measurement
+
+    def _before_step(self) -> None:
+        measurement, self._waiting = self._waiting, None
+        if measurement is None and not (self._next_due and self._needs_step):
+            return
+        start = time.perf_counter()
+        gradients = self._gradients()
+        if measurement is not None:
+            with measurement.attempt("step"):
+                if self._needs_gradient:
+                    measurement.from_gradient(gradients)
+                if self._needs_step and self._previous is None:
+                    measurement.note("weight_condition_number_two_step: no step before this one was seen")
+                elif self._needs_step and self._previous is not None:
+                    now = {name: p.detach() for name, p in self._layers.parameters.items()}
+                    members, mask = self._layers.members, self._masked()
+                    numbers = two_step_condition_number(*self._previous, now, gradients, members, mask)
+                    measurement.put("weight_condition_number_two_step", numbers)
+            measurement.seconds += time.perf_counter() - start
+            self._append(measurement)
+        self._previous = None
+        if self._next_due and self._needs_step:
+            mask = self._masked()
+            weights = {name: p.detach().clone() for name, p in self._layers.parameters.items()}
+            kept = {name: g.clone() for name, g in gradients.items()} if mask is None else mask(gradients)
+            self._previous = weights, kept
+
+    # One measurement
+
+    def _gather(
+        self,
+        measurement: Measurement,
+        batch: Batch,
+        loss_fn: Callable[..., Tensor] | None,
+        scale: float | None,
+        observed: ObservedPass | None,
+    ) -> None:
+        """All that the batch tells; ``scale`` and ``observed`` where the loop's own pass has been seen."""
+        with measurement.attempt("weights"):
+            measurement.from_weights()
+        if self._needs_gram:
+            with measurement.attempt("gram"):
+                measurement.from_gram(self._gram(measurement, batch, loss_fn, scale, observed))
+        if loss_fn is None:
+            wanted = [name for name in self.metrics if METRICS[name] not in ("gram", "weights", "step")]
+            if wanted:
+                measurement.note(f"{', '.join(wanted)}: not measured, the loss cannot be computed anew")
+            return
+
+        def gradient(freeze: bool) -> BatchGradient:
+            return BatchGradient(
+                self._model, loss_fn, batch, reduction=self._reduction, freeze_statistics=self._freeze or freeze
+            )
+
+        if measurement.wants("moves"):
+            with measurement.attempt("moves"):
+                measurement.from_moves(gradient(False), self._masked())
+        elif self._needs_gradient and observed is None:
+            with measurement.attempt("gram"):
+                measurement.from_gradient(gradient(False)())
+        if measurement.wants("inputs"):
+            with measurement.attempt("inputs"):
+                measurement.from_inputs(gradient(False))
+        if measurement.wants("input_moves"):
+            with measurement.attempt("input_moves"):
+                measurement.from_input_moves(gradient(True))
+        if measurement.wants("hessian"):
+            with measurement.attempt("hessian"):
+                measurement.from_hessian(gradient(False))
+        if measurement.wants("spectrum"):
+            with measurement.attempt("spectrum"):
+                select = loss_fn.select if isinstance(loss_fn, CriterionCall) and self.criterion is not None else None
+                measurement.from_spectrum(self._model, batch.inputs, select)
+
+    def _gram(
+        self,
+        measurement: Measurement,
+        batch: Batch,
+        loss_fn: Callable[..., Tensor] | None,
+        scale: float | None,
+        observed: ObservedPass | None,
+    ) -> GramResult:
+        if self._recorder is not None and observed is not None and scale is not None:
+            try:
+                if not 0.0 < abs(scale) < math.inf:
+                    raise RuntimeError(f"the backward pass began with {scale} at the loss")
+                # The sign cancels in products of gradients.
+                return self._recorder.result(loss_scale=abs(scale), loss_fn=loss_fn, targets=observed.targets)
+            except RuntimeError as error:
+                if loss_fn is None:
+                    raise
+                measurement.note(f"Gram matrix from a pass of its own: {error}")
+            finally:
+                self._recorder.reset()
+        if loss_fn is None:
+            raise RuntimeError("the loss cannot be computed anew")
+        return per_sample_gram(
+            self._model,
+            loss_fn,
+            batch.inputs,
+            batch.targets,
+            reduction=self._reduction,
+            per_parameter=bool(self._layers.names),
+            freeze_statistics=self._freeze,
+        )
+
+    @property
+    def _needs_gram(self) -> bool:
+        return any(METRICS[name] == "gram" and name != "gradient_norm" for name in self.metrics)
+
+    @property
+    def _needs_gradient(self) -> bool:
+        return "gradient_norm" in self.metrics and not self._needs_gram
+
+    @property
+    def _needs_step(self) -> bool:
+        return "weight_condition_number_two_step" in self.metrics
+
+    def _gradients(self) -> dict[str, Tensor]:
+        own = self._layers.parameters.items()
+        return {name: torch.zeros_like(p) if p.grad is None else p.grad.detach() for name, p in own}
+
+    def _masked(self) -> RandomMask | None:
+        fraction = self.options.mask_fraction
+        if fraction is not None and self._mask is None:
+            parameters = self._layers.parameters
+            shapes = {name: p.shape for name, p in parameters.items()}
+            generator = torch.Generator().manual_seed(self.options.seed)
+            device = next(iter(parameters.values())).device
+            self._mask = RandomMask(shapes, fraction, generator, device)
+        return self._mask
+
+    def _new_measurement(self, strict: bool = False) -> Measurement:
+        return Measurement(self.metrics, self._layers, self.options, self.step, strict)
+
+    def _append(self, measurement: Measurement) -> Record:
+        if measurement is self._waiting:
+            self._waiting = None
+        values, layers = measurement.numbers()
+        lr = None if self._optimizer is None else float(self._optimizer.param_groups[0]["lr"])
+        record = Record(
+            step=measurement.step,
+            time_s=measurement.seconds,
+            loss=measurement.loss,
+            batch_size=measurement.batch_size,
+            values=values,
+            layers=layers,
+            notes=tuple(measurement.notes),
+            learning_rate=lr,
+            spectrum=measurement.spectrum,
+        )
+        self.history.append(record)
+        for note in record.notes:
+            if "not measured" in note and note not in self._warned:
+                self._warned.add(note)
+                warnings.warn(f"diagnostics, step {record.step}: {note}", RuntimeWarning, stacklevel=2)
+        return record
+
+
+def _innermost(model: nn.Module) -> nn.Module:
+    """The module itself, without wrappers that compile or synchronise."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}: a torch.nn.Module is needed.")
+    inner = model
+    while True:
+        if isinstance(inner, nn.parallel.DistributedDataParallel):
+            if torch.distributed.get_world_size(inner.process_group) > 1:
+                raise ValueError(
+                    "DistributedDataParallel over several processes: each sees its own part of the batch alone, and "
+                    "the numbers would not be the batch's; give model.module to have those of each process."
+                )
+            inner = inner.module
+        elif hasattr(inner, "_orig_mod"):
+            inner = inner._orig_mod  # type: ignore[assignment]
+        else:
+            break
+    parameters = [p for p in inner.parameters() if p.requires_grad]
+    if not parameters:
+        raise ValueError(
+            f"{type(model).__name__} has no parameter that requires grad: nothing has a gradient to look at; unfreeze "
+            f"some of them."
+        )
+    if any(hasattr(p, "placements") for p in parameters):
+        raise ValueError("the parameters are sharded over processes: only whole ones can be measured.")
+    return inner
+
+
+def _reduction_of(criterion: object, reduction: str | None) -> Literal["mean", "sum"]:
+    found = reduction or getattr(criterion, "reduction", None) or "mean"
+    if found in ("mean", "batchmean"):
+        return "mean"
+    if found == "sum":
+        return "sum"
+    raise ValueError(
+        f"reduction={found!r}: the criterion must give one loss for the batch, the 'mean' or the 'sum' over its "
+        f"samples; nn.CrossEntropyLoss() does."
+    )
+
+
+def _remove(handles: list[RemovableHandle]) -> None:
+    while handles:
+        handles.pop().remove()
