@@ -113,6 +113,22 @@ class KroneckerMetric(LayerMetric):
     def solve(self, gradient: LayerVector) -> MetricSolution:  # noqa: D102
         return MetricSolution(kronecker_product(self.output_inverse, gradient, self.input_inverse), self)
 
+    def effective_dimension(self, input_factor: Tensor, output_factor: Tensor) -> Tensor:
+        r"""Mean of g^T G^-1 g over gradients g whose second moments are A (x) B: tr(G^-1 (A (x) B)).
+
+        Args:
+            input_factor: A before it was damped, in the form of the metric's.
+            output_factor: B, likewise.
+
+        Returns:
+            A scalar; if B is diagonal, one number per unit, [m], whose sum it is.
+        """
+        inputs = (self.input_inverse * input_factor).flatten(1).sum(1)
+        outputs = self.output_inverse * output_factor
+        if outputs.dim() == 2:
+            return (inputs[:, None] * outputs).reshape(-1)
+        return torch.dot(inputs, outputs.flatten(1).sum(1))
+
     def smallest_pivot(self) -> Tensor:
         """The smallest of A's and B's; waits for the device if a factor is not positive definite."""
         return torch.minimum(_smallest_pivot(self.input_factor), _smallest_pivot(self.output_factor))
@@ -157,6 +173,18 @@ class ExactMetric(LayerMetric):
 
     def solve(self, gradient: LayerVector) -> MetricSolution:  # noqa: D102
         return MetricSolution(cholesky_product(self.cholesky, gradient), self)
+
+    def effective_dimension(self, matrix: Tensor) -> Tensor:
+        """Mean of g^T G^-1 g over gradients g of given second moments F: tr(G^-1 F).
+
+        Args:
+            matrix: F, in the form of G; for instance G before it was damped.
+
+        Returns:
+            A scalar; if there is a matrix per unit, one number per unit, [m].
+        """
+        traces = torch.diagonal(torch.cholesky_solve(matrix, self.cholesky), dim1=-2, dim2=-1).sum(-1)
+        return traces.sum() if len(traces) == 1 else traces
 
     def smallest_pivot(self) -> Tensor:
         """The smallest of all matrices; waits for the device if one of them is not positive definite."""

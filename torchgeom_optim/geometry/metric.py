@@ -212,13 +212,14 @@ def block_sums(left: LayerVector, right: LayerVector, block: Block) -> BlockValu
     return (total if left.bias is None or right.bias is None else total + torch.dot(left.bias, right.bias),)
 
 
-def scale_blocks(vector: LayerVector, factors: BlockValues, block: Block) -> LayerVector:
+def scale_blocks(vector: LayerVector, factors: BlockValues, block: Block, *, in_place: bool = False) -> LayerVector:
     """Multiply every block of a vector by a number of its own.
 
     Args:
         vector: a step or a gradient.
         factors: in the form in which :func:`block_sums` returns them.
         block: as there.
+        in_place: whether the vector itself is to become the result.
 
     Returns:
         The scaled vector.
@@ -226,6 +227,8 @@ def scale_blocks(vector: LayerVector, factors: BlockValues, block: Block) -> Lay
     for_weight, for_bias = factors[0], factors[-1]
     if block == "unit":
         for_weight = for_weight.view(-1, *[1] * (vector.weight.dim() - 1))
+    if in_place:
+        return LayerVector(vector.weight.mul_(for_weight), None if vector.bias is None else vector.bias.mul_(for_bias))
     return LayerVector(vector.weight * for_weight, None if vector.bias is None else vector.bias * for_bias)
 
 
@@ -254,7 +257,7 @@ class DiagonalMetric(LayerMetric):
     diagonal: LayerVector
 
     @classmethod
-    def damped(cls, second_moments: LayerVector, damping: float) -> DiagonalMetric:
+    def damped(cls, second_moments: LayerVector, damping: float, zero: float = 0.0) -> DiagonalMetric:
         """Take q = s + damping * mean(s), the mean over weight and bias of the layer.
 
         Source: our choice of a floor; being a share of the layer's own mean, it does not depend on units.
@@ -262,17 +265,17 @@ class DiagonalMetric(LayerMetric):
         Args:
             second_moments: s >= 0, for instance running averages of squared gradients, [m, n, *kernel] and [m].
             damping: in [0, inf).
+            zero: what takes the place of q = 0; with inf there is no step where there never was a gradient.
 
         Returns:
-            The damped metric; positive definite unless s is 0 throughout, or somewhere and damping is 0.
+            The damped metric; positive definite unless zero is 0, and s is 0 throughout, or somewhere and damping is 0.
         """
         weight, bias = second_moments
         if damping == 0:
-            return cls(second_moments)
-        if bias is None:
-            return cls(LayerVector(weight + weight.mean() * damping))
-        floor = (weight.sum() + bias.sum()) * (damping / (weight.numel() + bias.numel()))
-        return cls(LayerVector(weight + floor, bias + floor))
+            return cls(LayerVector(_or(weight, zero), None if bias is None else _or(bias, zero)))
+        total = weight.sum() if bias is None else weight.sum() + bias.sum()
+        floor = _or(total * (damping / (weight.numel() + (0 if bias is None else bias.numel()))), zero)
+        return cls(LayerVector(weight + floor, None if bias is None else bias + floor))
 
     def apply(self, vector: LayerVector) -> LayerVector:  # noqa: D102
         q_weight, q_bias = self.diagonal
@@ -315,7 +318,7 @@ class QuasiDiagonalMetric(LayerMetric):
 
     @classmethod
     def damped(
-        cls, weight_diagonal: Tensor, bias_row: Tensor, bias_diagonal: Tensor, damping: float
+        cls, weight_diagonal: Tensor, bias_row: Tensor, bias_diagonal: Tensor, damping: float, zero: float = 0.0
     ) -> QuasiDiagonalMetric:
         """A_ii + damping * mean_i(A_ii) and A_00 (1 + damping) in the place of A_ii and A_00, then eliminated.
 
@@ -327,15 +330,17 @@ class QuasiDiagonalMetric(LayerMetric):
             bias_row: A_0i, the same shape.
             bias_diagonal: A_00, shape [m].
             damping: in [0, inf).
+            zero: as for :meth:`DiagonalMetric.damped`.
 
         Returns:
             The damped metric.
         """
         axes = tuple(range(1, weight_diagonal.dim()))
-        corner = bias_diagonal * (1 + damping)
+        corner = _or(bias_diagonal * (1 + damping), zero)
         mean = bias_row / _beside(corner, bias_row)
-        floor = weight_diagonal.mean(axes, keepdim=True) * damping
-        return cls(corner, mean, (weight_diagonal + floor).addcmul_(mean, bias_row, value=-1))
+        floor = _or(weight_diagonal.mean(axes, keepdim=True) * damping, zero if damping else 0.0)
+        spread = (weight_diagonal + floor).addcmul_(mean, bias_row, value=-1)
+        return cls(corner, mean, spread if damping else _or(spread, zero))
 
     def apply(self, vector: LayerVector) -> LayerVector:  # noqa: D102
         weight, bias = vector.weight, _bias_of(vector, self)
@@ -378,10 +383,10 @@ class WhiteningMetric(LayerMetric):
         weight, bias = vector
         beta = self.output_scale
         per_weight = _beside(beta, weight) if isinstance(beta, Tensor) else beta
-        spread = weight / (self._for_weight(self.input_scale, weight) * per_weight)
+        spread = weight / (self.of_inputs(self.input_scale, weight) * per_weight)
         if bias is None or self.input_mean is None:
             return LayerVector(spread, None if bias is None else bias / beta)
-        mean = self._for_weight(self.input_mean, weight)
+        mean = self.of_inputs(self.input_mean, weight)
         in_bias = (bias + _row_sums(mean * weight)) / beta
         return LayerVector(spread + mean * _beside(in_bias, weight), in_bias)
 
@@ -399,7 +404,7 @@ class WhiteningMetric(LayerMetric):
         outputs = _smallest(1 / (beta if isinstance(beta, Tensor) else inputs.new_tensor(beta)))
         return torch.where((inputs > 0) & (outputs > 0), inputs * outputs, torch.minimum(inputs, outputs))
 
-    def _for_weight(self, values: Tensor, weight: Tensor) -> Tensor:
+    def of_inputs(self, values: Tensor, weight: Tensor) -> Tensor:
         """Values [n] of all inputs, as the weights of the units see them."""
         if self.groups > 1:
             values = values.view(self.groups, -1).repeat_interleave(len(weight) // self.groups, 0)
@@ -421,6 +426,11 @@ def _row_sums(x: Tensor) -> Tensor:
 def _beside(values: Tensor, weight: Tensor) -> Tensor:
     """Values [m] of the units, to broadcast against their weights."""
     return values.view(-1, *[1] * (weight.dim() - 1))
+
+
+def _or(values: Tensor, zero: float) -> Tensor:
+    """The values, with another one in the place of 0."""
+    return values.masked_fill(values == 0, zero) if zero else values
 
 
 def _smallest(*parts: Tensor | None) -> Tensor:

@@ -1,6 +1,7 @@
 """From what a step sees of some parameters to G^-1 on them: running averages, and the metrics made of these.
 
-Nothing here changes a state: what is to be remembered is put aside, so that a step can be refused as a whole.
+A state is not touched before every metric of a step is known to be one, so that a step can be refused as a whole: what
+is to be remembered is put aside. Averages of mini-batch gradients alone, which no metric can refuse, are kept in place.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,27 +21,42 @@ from torchgeom_optim.geometry.matrix_metric import (
     kronecker_product,
     relative_split,
 )
-from torchgeom_optim.geometry.metric import Block, DiagonalMetric, LayerVector, QuasiDiagonalMetric, WhiteningMetric
+from torchgeom_optim.geometry.metric import (
+    Block,
+    BlockValues,
+    DiagonalMetric,
+    IdentityMetric,
+    LayerMetric,
+    LayerVector,
+    QuasiDiagonalMetric,
+    WhiteningMetric,
+)
 from torchgeom_optim.geometry.moments import Moments, at_least_float32, running_moments
 from torchgeom_optim.geometry.reparametrization import guarded_second_moment, precision
+from torchgeom_optim.geometry.sample_moments import SampleMoments, mean_dual_norm_sq
+from torchgeom_optim.optimizers.distributed import part_like, whole
+from torchgeom_optim.optimizers.layer_factors import CapturedProduct, Pooled, averaged
 from torchgeom_optim.optimizers.layers import AffineLayer
+from torchgeom_optim.optimizers.metric_grid import FROM_GRADIENTS, Metric
 
-__all__ = ["FINEST_BLOCK", "FROM_GRADIENTS", "WITH_FACTORS", "Metric", "Part", "Solve", "solver"]
+__all__ = ["Part", "Solved", "solved"]
 
-Metric = Literal["identity", "diagonal", "quasi_diagonal", "whitening", "kronecker", "kronecker_diagonal", "exact"]
-Solve = Callable[[LayerVector], LayerVector]
 
-FINEST_BLOCK: dict[str, Block] = {
-    "identity": "weight",
-    "diagonal": "weight",
-    "quasi_diagonal": "unit",
-    "whitening": "unit",
-    "kronecker": "layer",
-    "kronecker_diagonal": "unit",
-    "exact": "layer",
-}
-FROM_GRADIENTS = ("identity", "diagonal", "quasi_diagonal")  # need nothing but p.grad
-WITH_FACTORS = ("kronecker", "kronecker_diagonal", "exact")
+@dataclass(frozen=True)
+class Solved:
+    """G^-1 of some parameters at this step.
+
+    Attributes:
+        solve: g -> G^-1 g; linear.
+        direction: G^-1 of this step's gradient.
+        is_new: whether the direction is in memory of its own.
+        sample_norms: the average over samples of g_n^T G^-1 g_n in every block; None where it is not known.
+    """
+
+    solve: Callable[[LayerVector], LayerVector]
+    direction: LayerVector
+    is_new: bool = True
+    sample_norms: Callable[[Block], BlockValues] | None = None
 
 
 @dataclass(eq=False)
@@ -80,19 +96,21 @@ class Part:
 
     def vector(self, weight: Tensor, bias: Tensor | None) -> LayerVector:
         """Tensors shaped like the parameters, in the form that the metrics take."""
+        weight, bias = whole(weight), None if bias is None else whole(bias)
         weight = torch.view_as_real(weight) if weight.is_complex() else weight
         weight = at_least_float32(weight.t() if self.is_transposed else weight)
         weight = weight.reshape(1) if weight.dim() == 0 else weight
         return LayerVector(weight, None if bias is None else at_least_float32(bias))
 
     def write(self, vector: LayerVector, into: dict[int, Tensor]) -> None:
-        """The reverse, by the ids of the parameters."""
+        """The reverse, by the ids of the parameters; of sharded ones this process's part."""
         weight = vector.weight.t() if self.is_transposed else vector.weight
         if self.weight.is_complex():
             weight = torch.view_as_complex(weight.contiguous())
-        into[id(self.weight)] = weight.reshape(self.weight.shape).to(self.weight.dtype)
+        weight = weight.reshape(self.weight.shape).to(self.weight.dtype)
+        into[id(self.weight)] = part_like(weight, self.weight)
         if self.bias is not None and vector.bias is not None:
-            into[id(self.bias)] = vector.bias.to(self.bias.dtype)
+            into[id(self.bias)] = part_like(vector.bias.to(self.bias.dtype), self.bias)
 
     def average(self, which: int, key: str, now: Tensor) -> Tensor:
         """Take a value into a running average in the state of the weight (0) or the bias (1)."""
@@ -102,9 +120,29 @@ class Part:
         self.new[which][key] = now
         return now
 
+    def average_product(self, which: int, key: str, x: Tensor, y: Tensor, decay: float, start: float = 1.0) -> Tensor:
+        """The same of x * y, of large tensors in as few passes as possible; in place if the metric allows it."""
+        past = self.past[which].get(key)
+        if past is None:
+            now = x * y if start == 1 else (x * y).mul_(start)
+        elif self.group["rule"] in FROM_GRADIENTS and past.dtype == x.dtype:
+            now = past.mul_(decay).addcmul_(x, y, value=1 - decay)
+        else:
+            now = (past.to(x.dtype) * decay).addcmul_(x, y, value=1 - decay)
+        self.new[which][key] = now
+        return now
 
-def solver(part: Part, metric: Metric, factors: tuple[Tensor, ...], *, invert: bool) -> Solve:
-    """The map g -> G^-1 g, with this step's batch in G.
+
+def solved(
+    part: Part,
+    metric: Metric,
+    factors: Pooled,
+    *,
+    invert: bool = False,
+    product: CapturedProduct | None = None,
+    with_samples: bool = False,
+) -> Solved:
+    """Solve G u = g, with this step's batch in G.
 
     Args:
         part: its ``new`` state is added to.
@@ -112,45 +150,68 @@ def solver(part: Part, metric: Metric, factors: tuple[Tensor, ...], *, invert: b
         factors: of this step's calls, from :func:`~torchgeom_optim.optimizers.layer_factors.pooled_factors`; empty if
             nothing was looked at.
         invert: whether factors are to be inverted anew, even if an inverse is known.
+        product: that the gradient is known to be.
+        with_samples: whether the samples' norms are wanted.
 
     Returns:
-        The map; linear.
+        The direction, and the map.
 
     Raises:
         RuntimeError: the layer's inputs are not known.
         NotPositiveDefiniteError: from a matrix that could not be inverted.
     """
-    if metric == "identity" or (part.layer is None and metric not in ("diagonal", "quasi_diagonal")):
-        return _identity
-    if metric in ("diagonal", "quasi_diagonal"):
-        return _diagonal(part, metric)
-    assert part.layer is not None
-    if metric == "whitening":
-        return _whitening(part, part.layer)
-    return _exact(part, factors, invert) if metric == "exact" else _kronecker(part, factors, invert)
+    if part.layer is None:
+        metric, with_samples = ("diagonal" if "diagonal" in metric and "kron" not in metric else "identity"), False
+    if metric in ("kronecker", "kronecker_diagonal"):
+        return _kronecker(part, factors, invert, product, with_samples)
+    if metric == "exact":
+        return _exact(part, factors, invert, with_samples)
+    moments = _sample_moments(part, factors) if with_samples or metric.startswith("fisher") else None
+    if metric == "identity":
+        found: LayerMetric = IdentityMetric()
+    elif metric == "whitening":
+        assert part.layer is not None
+        found = _whitening(part, part.layer)
+    else:
+        found = _diagonal(part, metric, moments)
+    norms = None if moments is None or not with_samples else lambda block: mean_dual_norm_sq(found, moments, block)
+    return Solved(lambda g: found.solve(g).vector, found.solve(part.gradient).vector, metric != "identity", norms)
 
 
-def _identity(gradient: LayerVector) -> LayerVector:
-    return gradient
+def _sample_moments(part: Part, factors: Pooled) -> SampleMoments:
+    """Running averages of the samples' squared gradients, and of their products with the bias gradient."""
+    has_bias = part.layer is not None and part.layer.bias is not None
+    names = ["weight", *(["row"] if len(factors) > 2 else []), *(["bias"] if has_bias else [])]
+    past, decay = part.past[0], part.group["decay"]
+    found: dict[str, Tensor | None] = dict.fromkeys(("weight", "row", "bias"))
+    for name, key in (("weight", "sample_sq"), ("row", "sample_row"), ("bias", "sample_bias_sq")):
+        if factors and name in names:
+            part.new[0][key] = averaged(factors[names.index(name)], past.get(key), decay)
+        found[name] = part.new[0].get(key, past.get(key))
+    if found["weight"] is None:
+        raise _unknown_inputs()
+    if part.bias is None:
+        found["row"] = found["bias"] = None
+    return SampleMoments(found["weight"], found["row"], found["bias"])
 
 
-def _diagonal(part: Part, metric: Metric) -> Solve:
+def _diagonal(part: Part, metric: str, moments: SampleMoments | None) -> LayerMetric:
     weight, bias = part.gradient
-    weight_sq, damping = part.average(0, "grad_sq", weight.square()), part.group["damping"]
-    bias_sq = None if bias is None else part.average(1, "grad_sq", bias.square())
-    if metric == "diagonal" or bias is None or bias_sq is None:
-        damped = DiagonalMetric.damped(LayerVector(weight_sq, bias_sq), damping).diagonal
-        diagonal = DiagonalMetric(LayerVector(*(None if q is None else _or_inf(q) for q in damped)))  # type: ignore[arg-type]
-        return lambda g: diagonal.solve(g).vector
-    row = part.average(0, "bias_row", weight * bias.view(-1, *[1] * (weight.dim() - 1)))
-    quasi = QuasiDiagonalMetric.damped(weight_sq, row, _or_inf(bias_sq), damping)
-    quasi = QuasiDiagonalMetric(quasi.corner, quasi.mean, _or_inf(quasi.spread))
-    return lambda g: quasi.solve(g).vector
-
-
-def _or_inf(q: Tensor) -> Tensor:
-    """Where a metric is zero to rounding, the gradient is too: no step, in the place of 0 / 0."""
-    return q.masked_fill(q == 0, math.inf)
+    damping, decay = part.group["damping"], part.group["decay"]
+    row: Tensor | None = None
+    if metric.startswith("fisher"):
+        assert moments is not None
+        weight_sq, row, bias_sq = moments
+    else:
+        weight_sq = part.average_product(0, "grad_sq", weight, weight, decay)
+        bias_sq = None if bias is None else part.average_product(1, "grad_sq", bias, bias, decay)
+        if metric == "quasi_diagonal" and bias is not None:
+            beside = bias.view(-1, *[1] * (weight.dim() - 1))
+            row = part.average_product(0, "bias_row", weight, beside, decay)
+    # A metric that is zero to rounding: the gradient is too, and there is no step in the place of 0 / 0.
+    if not metric.endswith("quasi_diagonal") or bias_sq is None or row is None:
+        return DiagonalMetric.damped(LayerVector(weight_sq, bias_sq), damping, math.inf)
+    return QuasiDiagonalMetric.damped(weight_sq, row, bias_sq, damping, math.inf)
 
 
 def _or_one(damping: Tensor, factor: Tensor) -> Tensor:
@@ -158,7 +219,7 @@ def _or_one(damping: Tensor, factor: Tensor) -> Tensor:
     return torch.where((factor == 0).flatten(1).all(1), 1.0, damping)
 
 
-def _whitening(part: Part, layer: AffineLayer) -> Solve:
+def _whitening(part: Part, layer: AffineLayer) -> WhiteningMetric:
     state, past = part.past[0], None
     if "input_mean" in state:
         past = Moments(0, state["input_mean"], state["input_variance"])
@@ -172,19 +233,23 @@ def _whitening(part: Part, layer: AffineLayer) -> Solve:
     q = guarded_second_moment(*(m if is_centred else m.about_zero() for m in (running, batch)))
     scale = precision(q, q.mean() * part.group["damping"])
     part.new[0].update(input_mean=running.mean, input_variance=running.variance)
-    metric = WhiteningMetric(running.mean if is_centred else None, scale, 1.0, layer.groups)
-    return lambda g: metric.solve(g).vector
+    return WhiteningMetric(running.mean if is_centred else None, scale, 1.0, layer.groups)
 
 
-def _averages(part: Part, factors: tuple[Tensor, ...], keys: tuple[str, ...]) -> list[Tensor]:
-    if factors:
-        return [part.average(0, key, value) for key, value in zip(keys, factors, strict=True)]
-    if keys[0] not in part.past[0]:
-        raise _unknown_inputs()
-    return [part.past[0][key] for key in keys]
+def _averages(part: Part, factors: Pooled, keys: tuple[str, ...]) -> list[Tensor]:
+    past = part.past[0]
+    if not factors:
+        if keys[0] not in past:
+            raise _unknown_inputs()
+        return [past[key] for key in keys]
+    for key, terms in zip(keys, factors, strict=True):
+        part.new[0][key] = averaged(terms, past.get(key), part.group["decay"])
+    return [part.new[0][key] for key in keys]
 
 
-def _kronecker(part: Part, factors: tuple[Tensor, ...], invert: bool) -> Solve:
+def _kronecker(
+    part: Part, factors: Pooled, invert: bool, product: CapturedProduct | None, with_samples: bool
+) -> Solved:
     a, b = _averages(part, factors, ("input_factor", "output_factor"))
     if part.layer is not None and part.layer.bias is not None and part.bias is None:
         a = a[:, :-1, :-1]  # the bias is frozen for now: G's part for the weight alone
@@ -195,10 +260,23 @@ def _kronecker(part: Part, factors: tuple[Tensor, ...], invert: bool) -> Solve:
         metric.require_positive_definite()  # waits for the device, once per inversion
         left, right = metric.output_inverse, metric.input_inverse
         part.new[0].update(input_inverse=right, output_inverse=left)
-    return lambda g: kronecker_product(left, g, right)
+        if with_samples:
+            part.new[0]["dimension"] = metric.effective_dimension(a, b)
+    dimension: Tensor | None = part.new[0].get("dimension", part.past[0].get("dimension"))
+    norms = None if dimension is None or not with_samples else lambda block: _in_blocks(dimension, block)
+    if product is not None and product.is_cheaper(left, right):
+        direction = product.between(left[0], right[0], part.gradient)
+    else:
+        direction = kronecker_product(left, part.gradient, right)
+    return Solved(lambda g: kronecker_product(left, g, right), direction, True, norms)
 
 
-def _exact(part: Part, factors: tuple[Tensor, ...], invert: bool) -> Solve:
+def _in_blocks(dimension: Tensor, block: Block) -> BlockValues:
+    """Of units ([m]) or of a layer ([]), as those of units or layers."""
+    return (dimension if block == "unit" else dimension.sum(),)
+
+
+def _exact(part: Part, factors: Pooled, invert: bool, with_samples: bool) -> Solved:
     (fisher,) = _averages(part, factors, ("fisher",))
     if part.layer is not None and part.layer.bias is not None and part.bias is None:
         num_weights = part.gradient.weight[0].numel()
@@ -211,8 +289,12 @@ def _exact(part: Part, factors: tuple[Tensor, ...], invert: bool) -> Solve:
         metric = ExactMetric.factorise(fisher, _or_one(damping, fisher))
         metric.require_positive_definite()
         part.new[0]["fisher_cholesky"] = cholesky = metric.cholesky
+        if with_samples:
+            part.new[0]["dimension"] = metric.effective_dimension(fisher)
     known = cholesky
-    return lambda g: cholesky_product(known, g)
+    dimension: Tensor | None = part.new[0].get("dimension", part.past[0].get("dimension"))
+    norms = None if dimension is None or not with_samples else lambda block: _in_blocks(dimension, block)
+    return Solved(lambda g: cholesky_product(known, g), cholesky_product(known, part.gradient), True, norms)
 
 
 def _unknown_inputs() -> RuntimeError:

@@ -1,51 +1,102 @@
-r"""What a call of a layer says about its Fisher matrix: factors of a Kronecker product, or the matrix itself.
+r"""What a step's calls of a layer say about its Fisher matrix, ready to be taken into running averages.
 
-With the patches a_nt that a layer sees of sample n at position t (a 1 appended if it has a bias) and the gradients g_nt
-at its outputs, of N samples at T positions,
-
-    Kronecker    A = T mean_nt(a a^T),  B = mean_nt(g g^T)          F ~ A (x) B
-    exact        F = mean_n(r r^T),  r = \sum_t vec(g_nt a_nt^T)
-
-This is the empirical Fisher matrix, of the labels that the user's own loss has. Source: Martens and Grosse 2015, §3;
-for convolutions Grosse and Martens 2016, §3.1 (derivatives at different positions taken for uncorrelated). As
-everywhere among the optimizers the positions of a sequence count as samples.
+A call is looked at when a backward pass reaches it. Matrices are made there and then, except that a linear layer with
+fewer samples than inputs or outputs keeps both as rows until the step: its factors then go into the averages in one
+product each, and where ``p.grad`` is the very product of these rows, G^-1 p.grad = (B^-1 g^T)(a A^-1) costs less.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-import math
 from collections.abc import Sequence
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from torchgeom_optim.geometry.convolution_factor import ConvolutionFactor
-from torchgeom_optim.geometry.factors import Factor, OuterFactor, TokenFactor
-from torchgeom_optim.geometry.layers import factors_of_call, plain_arithmetic, rule_for
+from torchgeom_optim.geometry.layers import plain_arithmetic
+from torchgeom_optim.geometry.metric import LayerVector
+from torchgeom_optim.geometry.moments import at_least_float32
+from torchgeom_optim.optimizers.layer_rows import Rows, fisher, input_rows, moments, output_rows, token_frequencies
 from torchgeom_optim.optimizers.layers import AffineLayer, LayerCall, SeenCall
 
-__all__ = ["FactorCall", "FactorKind", "PassCounter", "SeenFactors", "pooled_factors"]
+__all__ = ["CapturedProduct", "FactorCall", "FactorKind", "PassCounter", "SeenFactors", "averaged", "pooled_factors"]
 
-FactorKind = Literal["kronecker", "kronecker_diagonal", "exact"]
+FactorKind = Literal["kronecker", "kronecker_diagonal", "exact", "moments", "moments_with_row"]
 
-# Of convolutions not many more positions than these are looked at, as those of one sample are correlated.
-_ENOUGH_POSITIONS = 1024
-_POSITIONS_PER_ENTRY = 8  # of a patch, or of the outputs at a position
+Term = tuple[Tensor | Rows, float | Tensor]
+Pooled = tuple[list[Term], ...]  # of every factor, the weighted terms whose sum it is
 
 
 class SeenFactors(SeenCall):
     """A call with its factors.
 
     Attributes:
-        factors: A and B (or its diagonal), or F; of the gradients as autograd scaled them.
+        factors: A and B (or their diagonals), F, or moments; of the gradients as autograd scaled them.
+        is_kronecker: whether they are A and B, of which A has no gradients in it.
         number_of_pass: which backward pass reached it; calls of one pass share its mean over samples.
+        product: the gradients that the call left, as a product, if it can be told.
     """
 
-    factors: tuple[Tensor, ...]
+    factors: tuple[Tensor | Rows, ...]
+    is_kronecker: bool
     number_of_pass: int
+    product: CapturedProduct | None
+
+
+@dataclass
+class CapturedProduct:
+    """The parameters' gradients g^T [a, 1] as autograd made them, in the memory in which it put them.
+
+    Attributes:
+        inputs: [a, 1] (a without a bias), shape [n, q].
+        output_grads: g, shape [n, m].
+        made: of weight and bias, the memory that the products were written to.
+    """
+
+    inputs: Tensor
+    output_grads: Tensor
+    made: list[StorageWeakRef]
+
+    def is_gradient_of(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether p.grad holds the products still; told by structure, without looking at a number.
+
+        Autograd hands the tensor that a product was written to on to ``p.grad`` if nothing else contributed. A second
+        use of the weight, a penalty on it, accumulation into an earlier gradient, a hook or a clipped gradient that
+        takes its place leave ``p.grad`` in another memory; changes in place raise its version. What neither tells (a
+        change through ``.data``) is found by :meth:`agrees_with`.
+        """
+        grads = [p.grad for p in parameters]
+        return len(grads) == len(self.made) and all(
+            type(grad) is Tensor and grad._version == 0 and StorageWeakRef(grad.untyped_storage()) == made
+            for grad, made in zip(grads, self.made, strict=True)
+        )
+
+    def agrees_with(self, weight_grad: Tensor) -> bool:
+        """Whether the sums of the gradient's rows are those of the product; waits for the device."""
+        columns = self.inputs[:, : weight_grad.shape[1]]
+        expected = self.output_grads.t() @ columns.sum(1)
+        difference = torch.linalg.vector_norm(weight_grad.sum(1) - expected)
+        return bool(difference <= 1e-2 * torch.linalg.vector_norm(expected))
+
+    def is_cheaper(self, output_inverse: Tensor, input_inverse: Tensor) -> bool:
+        """Whether going through the samples takes fewer multiplications than through the gradient."""
+        (n, q), m = self.inputs.shape, self.output_grads.shape[1]
+        of_inputs, of_outputs = (
+            1 if inverse.dim() == 2 else inverse.shape[-1] for inverse in (input_inverse, output_inverse)
+        )
+        return n * (q * of_inputs + m * of_outputs + q * m) < q * m * (of_inputs + of_outputs)
+
+    def between(self, output_inverse: Tensor, input_inverse: Tensor, like: LayerVector) -> LayerVector:
+        """(B^-1 g^T)([a, 1] A^-1), from inverses that are matrices or diagonals."""
+        left, right = (
+            rows @ inverse if inverse.dim() == 2 else rows * inverse
+            for rows, inverse in ((self.output_grads, output_inverse), (self.inputs, input_inverse))
+        )
+        q = like.weight.shape[1]
+        return LayerVector(left.t() @ right[:, :q], None if like.bias is None else left.t() @ right[:, q])
 
 
 class PassCounter:
@@ -73,23 +124,45 @@ _numbers = itertools.count()
 class FactorCall(LayerCall):
     """A call whose factors are taken when a backward pass reaches it."""
 
-    def __init__(self, layer: AffineLayer, x: Tensor, y: Tensor, kind: FactorKind, passes: PassCounter) -> None:
-        super().__init__(layer, x, y, [], with_moments=False, with_output_grads=False)
+    def __init__(
+        self,
+        layer: AffineLayer,
+        x: Tensor,
+        y: Tensor,
+        kind: FactorKind,
+        passes: PassCounter,
+        *,
+        with_moments: bool = False,
+    ) -> None:
+        super().__init__(layer, x, y, [], with_moments=with_moments, with_output_grads=False)
         self._inputs: Tensor | None = x.detach()
         self._kind = kind
         self._passes = passes
-        self._input_factor: Tensor | None = None
+        self._input_factor: Tensor | Rows | None = None
         self._output_shape = y.shape
+        self._is_users = x.grad_fn is None
+        self._keeps_rows = kind.startswith("kronecker") and _may_keep_rows(layer, self._num_applications)
+        if self._keeps_rows and len(layer.modules) == 1 and (node := _product_node(y)) is not None:
+            node.register_hook(self._on_product)
+        self._seen: SeenFactors | None = None
 
     def summarise(self) -> None:
-        """Reduce the input to its factor, and let go of it; an exact matrix cannot be had from the input alone."""
-        if self._inputs is None or self._kind == "exact":
+        """Reduce the input to its factor, and let go of it; the others cannot be had from the input alone."""
+        super().summarise()
+        if self._inputs is None or not self._kind.startswith("kronecker"):
             return
-        x, self._inputs = self._inputs, None
-        dtype = torch.promote_types(self._layer.weight.dtype, torch.float32)
-        no_grads = torch.empty((), dtype=dtype, device=x.device).expand(self._output_shape)
+        layer, x, self._inputs = self._layer, self._inputs, None
         with plain_arithmetic(x.device.type):
-            self._input_factor = _input_factor(_factor(self._layer, x, no_grads), self._layer.bias is not None)
+            if layer.is_embedding:
+                self._input_factor = token_frequencies(layer, x)
+                return
+            rows = input_rows(layer, x, self._output_shape)
+            if not self._keeps_rows:
+                self._input_factor = rows.second_moment()
+            elif self._is_users and layer.bias is None:  # who may write the next batch into it before the step
+                self._input_factor = rows._replace(values=rows.values.clone())
+            else:
+                self._input_factor = rows
 
     def on_output_grad(self, output_grad: Tensor) -> None:
         """Count the call, once."""
@@ -98,136 +171,109 @@ class FactorCall(LayerCall):
         if not is_first:
             return
         self.summarise()
-        with plain_arithmetic(output_grad.device.type):
-            if self._kind == "exact":
+        layer, g = self._layer, output_grad.detach()
+        with plain_arithmetic(g.device.type):
+            if self._input_factor is not None:
+                rows = output_rows(layer, g)
+                of_outputs: Tensor | Rows = rows
+                if self._kind == "kronecker_diagonal":
+                    of_outputs = rows.mean_squares()
+                elif not self._keeps_rows:
+                    of_outputs = rows.second_moment()
+                factors: tuple[Tensor | Rows, ...] = (self._input_factor, of_outputs)
+            else:
                 assert self._inputs is not None
                 x, self._inputs = self._inputs, None
-                factors: tuple[Tensor, ...] = (_fisher(self._layer, x, output_grad.detach()),)
-            else:
-                assert self._input_factor is not None
-                factors = (self._input_factor, _output_factor(self._layer, output_grad.detach(), self._kind))
-        seen = SeenFactors(*self._layer.calls[-1])
-        seen.factors, seen.number_of_pass = factors, self._passes.current()
-        self._layer.calls[-1] = seen
+                if self._kind == "exact":
+                    factors = (fisher(layer, x, g),)
+                else:
+                    found = moments(layer, x, g, with_row=self._kind == "moments_with_row")
+                    factors = tuple(part for part in found if part is not None)
+        self._seen = seen = SeenFactors(*layer.calls[-1])
+        seen.factors, seen.is_kronecker = factors, self._input_factor is not None
+        seen.number_of_pass, seen.product = self._passes.current(), None
+        layer.calls[-1] = seen
+
+    def _on_product(self, input_grads: tuple[Tensor | None, ...], output_grads: tuple[Tensor, ...]) -> None:
+        """Note where the node of the product, which runs right after :meth:`on_output_grad`, has put its results."""
+        seen = self._seen
+        made = [input_grads[-1], *([] if self._layer.bias is None else [input_grads[0]])]
+        if seen is None or any(grad is None for grad in made):
+            return
+        of_inputs = seen.factors[0]
+        assert isinstance(of_inputs, Rows)
+        memory = [StorageWeakRef(grad.untyped_storage()) for grad in made if grad is not None]
+        seen.product = CapturedProduct(of_inputs.values[0], at_least_float32(output_grads[0].detach()), memory)
 
 
-def pooled_factors(calls: Sequence[SeenCall], *, mean_reduction: bool) -> tuple[Tensor, ...]:
+def _may_keep_rows(layer: AffineLayer, num_rows: int) -> bool:
+    return not layer.spatial_axes and not layer.is_embedding and num_rows <= max(layer.weight.shape)
+
+
+def _product_node(y: Tensor) -> Any:
+    """The node that makes the gradients of a linear layer's weight and bias, if there is just one."""
+    node: Any = y.grad_fn
+    for _ in range(2):  # leading axes are folded before, and unfolded after the product
+        if type(node).__name__ in ("AddmmBackward0", "MmBackward0"):
+            return node
+        node = node.next_functions[0][0] if type(node).__name__ in ("ViewBackward0", "UnsafeViewBackward0") else None
+    return None
+
+
+def pooled_factors(calls: Sequence[SeenCall], *, mean_reduction: bool, loss_scale: float | Tensor = 1.0) -> Pooled:
     """Factors of the union of a step's calls, or none.
 
     Args:
         calls: of one layer, since the last step.
         mean_reduction: whether hooks deliver g / N, N the samples of the whole step, which is undone.
+        loss_scale: by which they are multiplied, which is undone too.
 
     Returns:
-        (A, B), (F,) or (), as :class:`SeenFactors`.
+        Of A and B, F, or the moments, the terms whose sum they are; () if no call was looked at.
     """
     seen = [call for call in calls if isinstance(call, SeenFactors)]
     if not seen:
         return ()
-    if len(seen) == 1 and not mean_reduction:
-        return seen[0].factors
     samples, applications = sum(c.num_samples for c in seen), sum(c.num_applications for c in seen)
     passes: dict[int, int] = {}  # each brings the samples of its largest call; k of them share one mean
     for call in seen:
         passes[call.number_of_pass] = max(call.num_samples, passes.get(call.number_of_pass, 0))
-    undone = float(sum(passes.values()) ** 2) if mean_reduction else 1.0
-    of_samples = [call.num_samples / samples for call in seen]
-    if len(seen[0].factors) == 1:
-        return (_weighted([call.factors[0] for call in seen], [share * undone for share in of_samples]),)
-    of_outputs = [call.num_applications / applications * undone for call in seen]
-    a, b = ([call.factors[k] for call in seen] for k in (0, 1))
-    return (_weighted(a, of_samples), _weighted(b, of_outputs))
+    undone = (float(sum(passes.values())) if mean_reduction else 1.0) ** 2 / loss_scale**2
+    pooled, is_kronecker = [], seen[0].is_kronecker
+    for k in range(len(seen[0].factors)):
+        of_outputs = is_kronecker and k == 1
+        terms = list[Term]()
+        for call in seen:
+            share = call.num_applications / applications if of_outputs else call.num_samples / samples
+            terms.append((call.factors[k], share * (undone if of_outputs or not is_kronecker else 1.0)))
+        pooled.append(terms)
+    return tuple(pooled)
 
 
-def _weighted(parts: list[Tensor], weights: list[float]) -> Tensor:
-    total = parts[0] * weights[0]
-    for part, weight in zip(parts[1:], weights[1:], strict=True):
-        total.add_(part, alpha=weight)
+def averaged(terms: Sequence[Term], past: Tensor | None, decay: float) -> Tensor:
+    """Take a sum of weighted terms into a running average, which the first one initialises.
+
+    Args:
+        terms: of one factor, from :func:`pooled_factors`.
+        past: the average so far; not modified.
+        decay: its weight.
+
+    Returns:
+        The new average.
+    """
+    total = past
+    for number, (term, weight) in enumerate(terms):
+        keep = 1.0 if number else decay
+        weight = weight if past is None else weight * (1 - decay)
+        if isinstance(term, Rows) and not isinstance(weight, Tensor):
+            rows = term.values
+            if total is None:
+                total = Rows(rows, term.share * weight).second_moment()
+            else:  # product and average in one
+                total = total.to(rows.dtype)
+                total = torch.baddbmm(total, rows.transpose(1, 2), rows, beta=keep, alpha=weight * term.share)
+            continue
+        values = term.second_moment() if isinstance(term, Rows) else term
+        total = values * weight if total is None else torch.add(values * weight, total.to(values.dtype), alpha=keep)
+    assert total is not None
     return total
-
-
-def _factor(layer: AffineLayer, x: Tensor, g: Tensor) -> Factor:
-    """Of the weight, positions of sequences as samples."""
-    module = layer.modules[0]
-    if layer.spatial_axes:
-        if x.dim() == layer.spatial_axes + 1:
-            x, g = x[None], g[None]
-    else:
-        x = x.reshape(-1) if layer.is_embedding else x.reshape(-1, x.shape[-1])
-        g = g.reshape(-1, g.shape[-1])
-    rule = rule_for(module)
-    assert rule is not None  # every layer that has a rule here has one there
-    return factors_of_call(rule, module, x, g[:, None], ("weight",))["weight"]
-
-
-def _input_factor(factor: Factor, has_bias: bool) -> Tensor:
-    if isinstance(factor, TokenFactor):  # one-hot inputs: A is diagonal
-        tokens = factor.tokens.reshape(-1)
-        ones = torch.ones(tokens.shape, dtype=factor.output_grads.dtype, device=tokens.device)
-        counts = ones.new_zeros(factor.num_embeddings).index_add_(0, tokens, ones)
-        return counts[None] / len(tokens)
-    if isinstance(factor, ConvolutionFactor):
-        num_positions, kernel = factor.num_positions, math.prod(factor.kernel_size)
-        patches = _thinned(factor).patches().movedim(1, 0).flatten(1, 2)  # [groups, observations, kernel * channels]
-        # The small matrix is put into the weight's order, channels before kernel, not the patches.
-        order = torch.arange(patches.shape[-1], device=patches.device).view(kernel, -1).t().reshape(-1)
-        second = torch.bmm(patches.transpose(1, 2), patches)[:, order][:, :, order]
-        first = _sums(patches)[:, order]
-    else:
-        assert isinstance(factor, OuterFactor)
-        num_positions = 1
-        patches = factor.inputs.movedim(1, 0).flatten(1, 2)
-        second, first = torch.bmm(patches.transpose(1, 2), patches), _sums(patches)
-    share = num_positions / max(patches.shape[1], 1)
-    if has_bias:
-        corner = first.new_full((len(first), 1, 1), float(patches.shape[1]))
-        second = torch.cat([torch.cat([second, first[:, :, None]], 2), torch.cat([first[:, None], corner], 2)], 1)
-    return second.mul_(share)
-
-
-def _sums(patches: Tensor) -> Tensor:
-    """Over axis 1; a product with ones is several times faster than a sum over rows."""
-    return torch.matmul(patches.new_ones(patches.shape[1]), patches)
-
-
-def _stride(num_samples: int, positions: Sequence[int], num_entries: int) -> int:
-    """Every how many-th position of each axis is enough."""
-    enough = max(_ENOUGH_POSITIONS, _POSITIONS_PER_ENTRY * num_entries)
-    return max(1, int((num_samples * math.prod(positions) / enough) ** (1 / max(len(positions), 1))))
-
-
-def _thinned(factor: ConvolutionFactor) -> ConvolutionFactor:
-    """At every k-th position of every axis, if there are more than enough."""
-    axes = len(factor.kernel_size)
-    k = _stride(factor.num_samples, factor.output_grads.shape[3:], factor.unit_numel)
-    if k == 1:
-        return factor
-    every = (slice(None), slice(None), slice(None), *[slice(None, None, k)] * axes)
-    stride = tuple(step * k for step in factor.stride)
-    return dataclasses.replace(factor, output_grads=factor.output_grads[every], stride=stride)
-
-
-def _output_factor(layer: AffineLayer, g: Tensor, kind: str) -> Tensor:
-    if layer.spatial_axes:
-        positions = g.shape[-layer.spatial_axes :]
-        k = _stride(g.numel() // g.shape[layer.channel_axis] // math.prod(positions), positions, len(layer.weight))
-        for axis in range(-layer.spatial_axes, 0):
-            g = g.movedim(axis, 0)[::k].movedim(0, axis)
-    g = g.to(torch.promote_types(g.dtype, torch.float32)).movedim(layer.channel_axis, -1)
-    g = g.reshape(-1, layer.groups, g.shape[-1] // layer.groups).transpose(0, 1)
-    count = max(g.shape[1], 1)
-    if kind == "kronecker_diagonal":
-        return g.square().sum(1).div_(count)
-    return torch.bmm(g.transpose(1, 2), g).div_(count)
-
-
-def _fisher(layer: AffineLayer, x: Tensor, g: Tensor) -> Tensor:
-    factor = _factor(layer, x, g)
-    rows = factor.rows()[:, 0]
-    if layer.is_embedding:  # units are the columns
-        rows = rows.view(len(rows), *layer.weight.shape).transpose(1, 2).flatten(1)
-    if layer.bias is not None:
-        g = g.to(rows.dtype).movedim(layer.channel_axis, -1)
-        g = g.reshape(len(rows), -1, g.shape[-1]).sum(1)
-        rows = torch.cat([rows.view(*g.shape, -1), g[:, :, None]], 2).flatten(1)
-    return torch.mm(rows.t(), rows).div_(max(len(rows), 1))[None]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchgeom_optim.geometry.capture import activations_are_not_kept
-from torchgeom_optim.geometry.metric import BLOCKS, Block, BlockValues, LayerVector, block_sums, scale_blocks
+from torchgeom_optim.geometry.metric import BLOCKS, Block, BlockValues, block_sums, scale_blocks
 from torchgeom_optim.geometry.trust_region import inverse_lengths, network_sum
 from torchgeom_optim.optimizers.block_metrics import Part, Solved, solved
 from torchgeom_optim.optimizers.hyperparameters import check_choice, check_range, check_sgd_settings
@@ -382,7 +382,7 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
                 return (units,)
             sharing = part.layer.sharing() if part.layer.calls else part.past[0]["sharing"]
             part.new[0]["sharing"] = sharing
-            return (units / fan_in_scale(part.layer.fan_in, sharing) ** 2,)
+            return (units / part.layer.fan_in_scale(sharing) ** 2,)
         if solution.sample_norms is not None:
             return solution.sample_norms(kind)
         g, u, decay = part.gradient, solution.direction, part.group["norm_decay"]
