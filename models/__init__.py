@@ -3,6 +3,11 @@
 if __name__ != "torchgeom_optim.models":
     raise ImportError(f"{__name__!r} is not importable by this name; import torchgeom_optim.models instead.")
 
+from torchgeom_optim.models.reduced_model import ReducedModel
+from torchgeom_optim.models.reduction import decompose, reduce_model
+from torchgeom_optim.models.reduction_decomposition import Decomposition
+from torchgeom_optim.models.reduction_gradual import distil, reduce_gradually
+from torchgeom_optim.models.reduction_report import CurvePoint, ReductionReport
 from torchgeom_optim.models.reference import (
     REFERENCE_NETWORKS,
     allcnn9,
@@ -27,17 +32,25 @@ from torchgeom_optim.models.reference_modules import CharGPT, PlainResNet
 __all__ = [
     "REFERENCE_NETWORKS",
     "CharGPT",
+    "CurvePoint",
+    "Decomposition",
     "PlainResNet",
+    "ReducedModel",
+    "ReductionReport",
     "allcnn9",
     "char_gpt",
     "cnn3",
     "cnn_small",
     "cnn_small_cifar",
+    "decompose",
+    "distil",
     "lenet",
     "mlp2",
     "mlp_deep",
     "mlp_thin",
     "mlp_wide",
+    "reduce_gradually",
+    "reduce_model",
     "reference_network",
     "resnet8",
     "resnet18",

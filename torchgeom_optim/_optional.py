@@ -14,6 +14,7 @@ _EXTRAS = {
     "PIL": "demo",
     "sklearn": "demo",
     "tqdm": "demo",
+    "safetensors": "files",
     "pandas": "records",
     "tensorboard": "records",
     "lightning": "lightning",
