@@ -110,6 +110,8 @@ class ConvolutionFactor(Factor):
         return OuterFactor(patches, self.grads_by_group().transpose(3, 4))
 
     def rows(self, start: int = 0, stop: int | None = None) -> Tensor:  # noqa: D102
+        if (start, stop) in ((0, None), (0, self.num_units)) and _favours_grouped_convolution(self):
+            return _grouped_rows(self, 0, self.num_units // self.groups).view(self.num_samples, 1, -1)
         return self.as_outer().rows(start, stop)
 
     def products(self, other: Factor) -> Tensor:  # noqa: D102
@@ -139,7 +141,7 @@ def _of_convolutions(left: ConvolutionFactor, right: ConvolutionFactor) -> Tenso
         return _pixels_first(left, right)
     # Patches are kernel times the input: where they outweigh the gradients, a convolution of the gradients with the
     # inputs, all samples as groups of one call, is faster than taking them.
-    if left is right and left.num_grads == 1 and channels >= 16 and positions**2 >= left.num_units * left.unit_numel:
+    if left is right and _favours_grouped_convolution(left):
         return _through_grouped_convolution(left)
     return _through_patches(left, right)
 
@@ -177,26 +179,34 @@ def _channel_rows(factor: ConvolutionFactor, grads: Tensor, start: int, stop: in
     return product.transpose(1, 2).reshape(factor.num_samples * factor.num_grads, -1)
 
 
+def _favours_grouped_convolution(factor: ConvolutionFactor) -> bool:
+    weight = factor.num_units * factor.unit_numel
+    return factor.num_grads == 1 and factor.inputs.shape[1] >= 16 and factor.num_positions**2 >= weight
+
+
 def _through_grouped_convolution(factor: ConvolutionFactor) -> Tensor:
     """Gradients first, each sample a group of one convolution; a few output channels at a time."""
-    x, g = factor.inputs, factor.output_grads[:, 0]
     num_samples = factor.num_samples
     per_group = factor.num_units // factor.groups
-    x = x.reshape(1, -1, *x.shape[2:])
-    g = g.reshape(num_samples, factor.groups, per_group, *g.shape[2:])
     result: Tensor | None = None
     for start, stop in pieces(per_group, num_samples * factor.groups * factor.unit_numel * 4):
-        piece = g[:, :, start:stop].reshape(1, -1, *g.shape[3:])
-        weight = x.new_empty(()).expand(
-            piece.shape[1], x.shape[1] // (num_samples * factor.groups), *factor.kernel_size
-        )
-        rows = torch.ops.aten.convolution_backward(
-            piece, x, weight, None, factor.stride, factor.padding, factor.dilation, False,
-            [0] * len(factor.kernel_size), num_samples * factor.groups, [False, True, False],
-        )[1].view(num_samples, -1)  # fmt: skip
+        rows = _grouped_rows(factor, start, stop)
         result = rows @ rows.T if result is None else result.addmm_(rows, rows.T)
     assert result is not None
     return result.view(num_samples, 1, num_samples, 1)
+
+
+def _grouped_rows(factor: ConvolutionFactor, start: int, stop: int) -> Tensor:
+    """Gradients with respect to output channels ``start:stop`` of every group: [N, entries], one per sample."""
+    x, g, num_samples = factor.inputs, factor.output_grads[:, 0], factor.num_samples
+    x = x.reshape(1, -1, *x.shape[2:])
+    g = g.reshape(num_samples, factor.groups, -1, *g.shape[2:])
+    piece = g[:, :, start:stop].reshape(1, -1, *g.shape[3:])
+    weight = x.new_empty(()).expand(piece.shape[1], x.shape[1] // (num_samples * factor.groups), *factor.kernel_size)
+    return torch.ops.aten.convolution_backward(
+        piece, x, weight, None, factor.stride, factor.padding, factor.dilation, False,
+        [0] * len(factor.kernel_size), num_samples * factor.groups, [False, True, False],
+    )[1].view(num_samples, -1)  # fmt: skip
 
 
 def _pixels_first(left: ConvolutionFactor, right: ConvolutionFactor) -> Tensor:
