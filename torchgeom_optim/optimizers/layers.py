@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from torchgeom_optim.geometry.moments import Moments, channel_moments, one_hot_moments, pooled_moments
+from torchgeom_optim.geometry.moments import (
+    Moments,
+    at_least_float32,
+    channel_moments,
+    one_hot_moments,
+    pooled_moments,
+)
 from torchgeom_optim.geometry.reparametrization import fan_in_scale, reparametrized_gradient
 from torchgeom_optim.optimizers.distributed import (
     in_process_group,
@@ -23,10 +29,24 @@ from torchgeom_optim.optimizers.distributed import (
     with_local,
 )
 
-__all__ = ["AffineLayer", "LayerCall", "SeenCall", "find_affine_layers"]
+__all__ = ["AffineLayer", "LayerCall", "Probe", "SeenCall", "find_affine_layers"]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _KNOWN_LAYERS = (nn.Linear, *_CONVOLUTIONS, nn.Embedding)
+# Of how many inputs of a step it is measured what a direction does to the outputs: images have many positions each.
+_PROBED_ROWS, _PROBED_IMAGES, _PROBED_CALLS = 16, 4, 4
+
+
+class Probe(NamedTuple):
+    """A few inputs of a call, to apply other weights to.
+
+    Attributes:
+        module: that was called.
+        inputs: samples in axis 0; positions of a sequence count as samples.
+    """
+
+    module: nn.Module
+    inputs: Tensor
 
 
 class SeenCall(NamedTuple):
@@ -38,6 +58,8 @@ class SeenCall(NamedTuple):
         num_samples: in the call; positions of a sequence count as samples. A tensor if it is a mean over processes.
         num_applications: of the weights: samples times positions. Likewise.
         backward_pass: number of the backward pass that reached it.
+        output_moments: of the layer's outputs; only where asked for, like the next.
+        probes: of the call's inputs.
     """
 
     moments: Moments | None
@@ -45,6 +67,8 @@ class SeenCall(NamedTuple):
     num_samples: int | Tensor
     num_applications: int | Tensor
     backward_pass: int
+    output_moments: Moments | None = None
+    probes: tuple[Probe, ...] = ()
 
 
 class LayerCall:
@@ -57,12 +81,14 @@ class LayerCall:
     def __init__(
         self,
         layer: AffineLayer,
+        module: nn.Module,
         x: Tensor,
         y: Tensor,
         open_calls: list[weakref.ref[LayerCall]],
         *,
         with_moments: bool,
         with_output_grads: bool,
+        probing: int = 0,
     ) -> None:
         batched = layer.spatial_axes == 0 or x.dim() == layer.spatial_axes + 2
         self._num_applications = y.numel() // y.shape[layer.channel_axis]
@@ -71,6 +97,11 @@ class LayerCall:
         self._x = x if with_moments else None
         self._moments: Moments | None = None
         self._with_output_grads = with_output_grads
+        self._module = module
+        self._probing = probing if len(layer.calls) < _PROBED_CALLS else 0
+        self._probes: tuple[Probe, ...] = ()
+        # Now, as an activation may change the output in place.
+        self._output_moments = channel_moments(y, layer.channel_axis) if probing else None
         self._counted = False
         self._open_calls = open_calls
         open_calls.append(weakref.ref(self))
@@ -84,6 +115,8 @@ class LayerCall:
             self._moments = one_hot_moments(x, len(layer.weight), layer.weight.dtype)
         else:
             self._moments = channel_moments(x, layer.channel_axis)
+        if self._probing:
+            self._probes = (Probe(self._module, _some_rows(x, layer, self._probing)),)
 
     def on_output_grad(self, output_grad: Tensor) -> None:
         """Count the call, once, now that a backward pass has reached its output."""
@@ -99,8 +132,29 @@ class LayerCall:
             output_grad_sq = channel_moments(output_grad, self._layer.channel_axis).about_zero().variance
         backward_pass = torch._C._current_graph_task_id()
         self._layer.count(
-            SeenCall(self._moments, output_grad_sq, self._num_samples, self._num_applications, backward_pass)
+            SeenCall(
+                self._moments,
+                output_grad_sq,
+                self._num_samples,
+                self._num_applications,
+                backward_pass,
+                self._output_moments,
+                self._probes,
+            )
         )
+
+
+def _some_rows(x: Tensor, layer: AffineLayer, num_ranks: int) -> Tensor:
+    """A copy of every k-th sample; of several processes each takes its part, together those that one would take."""
+    x = x.detach()
+    if layer.is_embedding:
+        x = x.reshape(-1)
+    elif layer.spatial_axes == 0:
+        x = x.reshape(-1, x.shape[-1])
+    elif x.dim() == layer.spatial_axes + 1:
+        x = x.unsqueeze(0)
+    number = max((_PROBED_IMAGES if layer.spatial_axes else _PROBED_ROWS) // num_ranks, 1)
+    return x[:: max(len(x) // number, 1)][:number].clone()
 
 
 @dataclass(eq=False)
@@ -200,6 +254,48 @@ class AffineLayer:
         total = sum(call.num_applications for call in self.calls)
         parts = [(call.output_grad_sq, call.num_applications / total * factor) for call in self.calls]
         return torch.stack([part * weight for part, weight in parts if part is not None]).sum(0)
+
+    def output_spread_sq(self) -> Tensor | None:
+        """sigma_j^2, the variance of unit j's outputs over this step, [m]; of a single output its square."""
+        moments = [call.output_moments for call in self.calls if call.output_moments is not None]
+        if not moments:
+            return None
+        pooled = pooled_moments(moments)
+        return pooled.about_zero().variance if isinstance(pooled.count, int) and pooled.count == 1 else pooled.variance
+
+    def measured_change(self, directions: Mapping[int, Tensor]) -> tuple[Tensor | None, int]:
+        """r_j^2, the mean square of what the layer computes with directions in place of its weights, on the probes.
+
+        Args:
+            directions: by the id of a parameter; what is missing does not move.
+
+        Returns:
+            r^2 of shape [m], and the number of samples; None and 0 without a probe.
+        """
+        weight = directions.get(id(self.weight))
+        total: Tensor | None = None
+        count = 0
+        for module, x in (probe for call in self.calls for probe in call.probes):
+            bias = module._parameters.get("bias")
+            bias_step = None if bias is None else directions.get(id(bias))
+            if weight is None:
+                change_sq = None if bias_step is None else at_least_float32(bias_step).square()
+            else:
+                change = at_least_float32(self._applied(module, x, weight, bias_step))
+                axes = [0, *range(2, change.dim())]
+                change_sq = torch.linalg.vector_norm(change, dim=axes).square_().div_(change.numel() // change.shape[1])
+            if change_sq is not None:
+                weighted = change_sq * len(x)
+                total, count = weighted if total is None else total + weighted, count + len(x)
+        return None if total is None else total / count, count
+
+    def _applied(self, module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.is_embedding:
+            return nn.functional.embedding(x, weight)
+        x = x.to(weight.dtype)
+        if isinstance(module, _CONVOLUTIONS):
+            return module._conv_forward(x, weight, bias)
+        return nn.functional.linear(x, weight, bias)
 
     def reparametrize(
         self,

@@ -15,7 +15,7 @@ from torch.optim.optimizer import Optimizer
 from torch.optim.sgd import sgd
 
 from torchgeom_optim.geometry.capture import Capture, activations_are_not_kept
-from torchgeom_optim.optimizers.distributed import Ranks, process_group_of, sharding_problem
+from torchgeom_optim.optimizers.distributed import Ranks, is_flattened, process_group_of, sharding_problem
 from torchgeom_optim.optimizers.layers import AffineLayer, LayerCall, SeenCall, find_affine_layers
 from torchgeom_optim.optimizers.pooled_calls import Quantity, Wanted, calls_of_all_ranks
 from torchgeom_optim.optimizers.report import ParameterRule, RuleReport
@@ -82,6 +82,10 @@ class LayerwiseOptimizer(Optimizer):
     def _wants(self, rule: str) -> tuple[bool, bool]:
         """Whether the moments of a layer's inputs, and of its output gradients, are needed."""
 
+    def _probes(self, layer: AffineLayer) -> bool:
+        """Whether a few inputs of a layer, and the moments of its outputs, are needed."""
+        return False
+
     @abstractmethod
     def _directions(self, layers: list[AffineLayer]) -> dict[int, Tensor]:
         """By the id of a parameter, what SGD is given in place of its gradient; updates the statistics."""
@@ -122,6 +126,7 @@ class LayerwiseOptimizer(Optimizer):
         self._group_of_parameter = {p: group for group in self.param_groups for p in group["params"]}
         layers, refused = list[AffineLayer](), dict[Tensor, str]()
         if self._model is not None:
+            self._check_whole(self._model)
             layers, refused = find_affine_layers(self._model, self._has_rule)
             self._check_shards(self._model, layers)
         self._layers, self._refused = layers, refused
@@ -135,6 +140,14 @@ class LayerwiseOptimizer(Optimizer):
         if (capture := getattr(self, "_capture", None)) is not None:
             capture.close()
         self._capture: Capture = Capture(self._layer_of, self._on_call)
+
+    def _check_whole(self, model: nn.Module) -> None:
+        flattened = [name for name, module in model.named_modules() if is_flattened(module)]
+        if flattened and any(group["rule"] != "sgd" for group in self.param_groups):
+            raise ValueError(
+                f"got parameters that FullyShardedDataParallel has flattened (in the module {flattened[0]!r}); need whole "
+                "ones, or rows of them: try torch.distributed.fsdp.fully_shard, or groups with rule='sgd'."
+            )
 
     def _check_shards(self, model: nn.Module, layers: list[AffineLayer]) -> None:
         problems = [(layer, why) for layer in layers if (why := sharding_problem(model, layer.weight)) is not None]
@@ -176,9 +189,14 @@ class LayerwiseOptimizer(Optimizer):
                 elif self._model is None:
                     rule, note = "sgd", "no model was given"
                 else:
-                    rule, note = known.get(p, ("sgd", self._refused.get(p, "its module has no rule")))
+                    reason = self._refused.get(p, "its module has no rule")
+                    rule, note = known.get(p) or self._rule_without_layer(p, group, reason)
                 rows.append(ParameterRule(names.get(p, f"groups[{number}][{index}]"), tuple(p.shape), rule, note))
         return RuleReport(rows)
+
+    def _rule_without_layer(self, parameter: Tensor, group: Mapping[str, Any], reason: str) -> tuple[str, str]:
+        """Rule and note of a parameter that belongs to no layer with a rule of its own, for this reason."""
+        return "sgd", reason
 
     # -- what the passes tell ------------------------------------------------------------------------------------
 
@@ -189,7 +207,16 @@ class LayerwiseOptimizer(Optimizer):
         moments, output_grads = self._wants(self._group_of[layer]["rule"])
         if len(self._open_calls) > 8 * len(self._layers) + 64:  # passes with gradients that were never differentiated
             self._open_calls[:] = [reference for reference in self._open_calls if reference() is not None]
-        call = LayerCall(layer, x, y, self._open_calls, with_moments=moments, with_output_grads=output_grads)
+        call = LayerCall(
+            layer,
+            module,
+            x,
+            y,
+            self._open_calls,
+            with_moments=moments,
+            with_output_grads=output_grads,
+            probing=self._ranks.number if self._probes(layer) else 0,
+        )
         # Under checkpointing autograd keeps no input, under autocast a copy: then nobody else keeps this one alive.
         if activations_are_not_kept() or torch.is_autocast_enabled(x.device.type):
             call.summarise()
@@ -282,7 +309,7 @@ class LayerwiseOptimizer(Optimizer):
             for layer, (call, extras) in zip(layers, pooled, strict=True):
                 # Whether a layer that this process did not call was called at all: only then wait for the device.
                 if layer.calls or (layer in active and float(call.num_samples) > 0):
-                    layer.calls = [self._with_extras(call, extras)]
+                    layer.calls = [self._with_extras(layer, call, extras)]
             yield
         except BaseException:
             for layer, calls in own:
@@ -302,8 +329,8 @@ class LayerwiseOptimizer(Optimizer):
         """Further means over the calls of a layer that go over the processes; of the same shapes in all of them."""
         return []
 
-    def _with_extras(self, call: SeenCall, means: list[Tensor]) -> SeenCall:
-        """The call with these means in it, now over all processes."""
+    def _with_extras(self, layer: AffineLayer, call: SeenCall, means: list[Tensor]) -> SeenCall:
+        """The call of all processes with these means in it, and with what stays this process's own."""
         return call
 
     def _check_calls(self, active: list[AffineLayer]) -> None:

@@ -5,25 +5,38 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from torchgeom_optim.geometry.moments import Moments, running_moments
+from torchgeom_optim.geometry.moments import Moments, pooled_moments, running_moments
 from torchgeom_optim.geometry.reparametrization import guarded_second_moment, precision
 from torchgeom_optim.optimizers.batch_norm import FoldedBatchNorm, fold_batch_norm
+from torchgeom_optim.optimizers.chain_length import ChainLength
 from torchgeom_optim.optimizers.hyperparameters import check_choice, check_range, check_sgd_settings
-from torchgeom_optim.optimizers.layers import AffineLayer
+from torchgeom_optim.optimizers.layers import AffineLayer, SeenCall
 from torchgeom_optim.optimizers.layerwise import LayerwiseOptimizer
+from torchgeom_optim.optimizers.pooled_calls import Quantity
+from torchgeom_optim.optimizers.unit_trust import (
+    TrustedBlock,
+    bare_block,
+    find_norms,
+    layer_block,
+    norm_block,
+    scale_blocks,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = ["Rule", "WhiteningSGD"]
 
-Rule = Literal["whitening", "whitening_second_order", "fan_in", "sgd"]
-_WHITENED = ("whitening", "whitening_second_order")
+Rule = Literal["trust_region", "whitening", "paper", "whitening_second_order", "fan_in", "sgd"]
+_WHITENED = ("trust_region", "whitening", "paper", "whitening_second_order")
+_LR = 0.1  # of rules that need one
 _MAX_CONSTANTS = 32
 
 
@@ -118,16 +131,18 @@ class WhiteningSGD(LayerwiseOptimizer):
     def __init__(
         self,
         params: nn.Module | Iterable[Any],
-        lr: float | Tensor = 0.1,
+        lr: float | Tensor | None = None,
         momentum: float = 0.0,
         dampening: float = 0.0,
         weight_decay: float = 0.0,
         nesterov: bool = False,
         *,
         model: nn.Module | None = None,
-        rule: Rule = "whitening",
+        rule: Rule = "trust_region",
+        trust_radius: float = 1.0,
         decay: float = 0.95,
         damping: float = 0.01,
+        chain_length: int | None = None,
         loss_reduction: Literal["mean", "sum"] = "mean",
         loss_scale: float | Tensor | Callable[[], float | Tensor] = 1.0,
         maximize: bool = False,
@@ -151,29 +166,84 @@ class WhiteningSGD(LayerwiseOptimizer):
             "maximize": maximize,
             "foreach": foreach,
             "rule": rule,
+            "trust_radius": trust_radius,
             "decay": decay,
             "damping": damping,
+            "chain_length": chain_length,
         }
         super().__init__(params, defaults, model, process_group)
 
     def _check_group(self, group: Mapping[str, Any], where: str) -> None:
-        check_range(group, "lr", where, hint="0.1 is a common start, 0.03 with momentum 0.9.")
+        check_choice(group, "rule", (*_WHITENED, "fan_in", "sgd"), where)
+        if group["lr"] is not None:
+            check_range(group, "lr", where, hint="0.1 is a common start, 0.03 with momentum 0.9.")
         check_sgd_settings(group, where)
         check_range(group, "decay", where, high=1.0, hint="0.95 averages over about 20 steps.")
         check_range(group, "damping", where, hint="0.01 is the default.")
-        check_choice(group, "rule", (*_WHITENED, "fan_in", "sgd"), where)
+        check_range(group, "trust_radius", where, hint="1 is the default; 0.3 is careful.")
+        if (length := group["chain_length"]) is not None and not (isinstance(length, int) and length >= 1):
+            raise ValueError(f"chain_length={length!r} ({where}): need a whole number from 1, or None to find it.")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; layers of the model whose parameters it brings are watched from now on.
+
+        Args:
+            param_group: parameters and the hyper-parameters that are their own.
+
+        Raises:
+            ValueError: parameters that the model does not own, or a value out of its range; no group was added.
+        """
+        if isinstance(param_group, dict):  # else torch says what is wrong
+            group = {**self.defaults, **param_group}
+            self._check_group(group, f"group {len(self.param_groups)}")
+            lr = group["lr"]
+            by_radius = lr is None and group["rule"] == "trust_region" and self._model is not None
+            if lr is None:
+                lr = group["trust_radius"] if by_radius else _LR
+            reference = None if by_radius else lr.clone() if isinstance(lr, Tensor) else lr
+            param_group = {"reference_lr": reference, **param_group, "lr": lr}
+        super().add_param_group(param_group)
 
     def _watch_layers(self) -> None:
         self._constants: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
+        self._chain = ChainLength()
         super()._watch_layers()
+        self._norms = find_norms(self._model)
 
     def _wants(self, rule: str) -> tuple[bool, bool]:
         return rule in _WHITENED, rule == "whitening_second_order"
 
+    def _probes(self, layer: AffineLayer) -> bool:
+        return bool(self._group_of[layer]["rule"] == "trust_region")
+
+    def _on_call(self, module: nn.Module, x: Tensor, y: Tensor) -> Callable[[Tensor], None] | None:
+        on_output_grad = super()._on_call(module, x, y)
+        if on_output_grad is not None and any(group["chain_length"] is None for group in self.param_groups):
+            self._chain.see(x, y)
+        return on_output_grad
+
+    def _extra_means(self, layer: AffineLayer) -> list[Quantity]:
+        if not self._probes(layer):
+            return []
+        moments = [call.output_moments for call in layer.calls if call.output_moments is not None]
+        if moments:
+            count, mean, variance = pooled_moments(moments)
+            return [(mean, count), (torch.addcmul(variance, mean, mean), count)]
+        dtype = torch.promote_types(layer.weight.dtype, torch.float32)
+        zeros = torch.zeros(layer.num_units, dtype=dtype, device=layer.weight.device)
+        return [(zeros, 0), (zeros, 0)]
+
+    def _with_extras(self, layer: AffineLayer, call: SeenCall, means: list[Tensor]) -> SeenCall:
+        if not means:
+            return call
+        mean, square = means
+        moments = Moments(0, mean, torch.addcmul(square, mean, mean, value=-1).clamp_(min=0))
+        return call._replace(output_moments=moments, probes=tuple(chain(*(own.probes for own in layer.calls))))
+
     def _directions(self, layers: list[AffineLayer]) -> dict[int, Tensor]:
         directions: dict[int, Tensor] = {}
         beta_sq = {layer: self._output_scale(layer, self.state[layer.weight]) for layer in layers}
-        scales = self._update_input_statistics(layers, beta_sq)
+        scales, input_sq = self._update_input_statistics(layers, beta_sq)
         for layer in layers:
             weight, bias, output_scale = layer.weight, layer.bias, beta_sq[layer]
             scale, mean = scales.get(layer, 1.0 if isinstance(output_scale, Tensor) else output_scale), None
@@ -190,14 +260,19 @@ class WhiteningSGD(LayerwiseOptimizer):
             for free in layer.free_biases:
                 if free.grad is not None:
                     directions[id(free)] = layer.scale_bias(free.grad, output_scale)
+        self._trust(layers, directions, input_sq)
         if len(layers) == len(self._layers):  # else a layer that sat this step out still has its own
             self._has_foreign_momentum = False
         return directions
 
     def _update_input_statistics(
         self, layers: list[AffineLayer], beta_sq: Mapping[AffineLayer, float | Tensor]
-    ) -> dict[AffineLayer, Tensor]:
-        """Take this step into the running averages; returns alpha^2 (times beta^2, if a number) of whitened layers."""
+    ) -> tuple[dict[AffineLayer, Tensor], dict[AffineLayer, Tensor]]:
+        """Take this step into the running averages.
+
+        Returns:
+            Of whitened layers alpha^2 (times beta^2, if a number), and the mean over the inputs of 1 / alpha_i^2.
+        """
         # The vectors of all layers are joined, so that the number of operations hardly grows with that of the layers.
         alike: dict[tuple[Any, ...], list[tuple[AffineLayer, Moments, Moments]]] = defaultdict(list)
         for layer in layers:
@@ -211,24 +286,102 @@ class WhiteningSGD(LayerwiseOptimizer):
             assert batch is not None  # else the step was refused
             if past is not None and past.mean.dtype != batch.mean.dtype:  # the model was put into another precision
                 past = Moments(0, past.mean.to(batch.mean.dtype), past.variance.to(batch.mean.dtype))
-            key = (group["decay"], group["damping"], layer.is_centred, batch.mean.dtype, batch.mean.device)
+            guarded = group["rule"] != "paper"
+            damping = group["damping"] if guarded else 0.0
+            key = (group["decay"], damping, guarded, layer.is_centred, batch.mean.dtype, batch.mean.device)
             alike[key].append((layer, past or batch, batch))
         scales: dict[AffineLayer, Tensor] = {}
-        for (decay, damping, is_centred, dtype, device), rows in alike.items():
+        input_sq: dict[AffineLayer, Tensor] = {}
+        for (decay, damping, guarded, is_centred, dtype, device), rows in alike.items():
             joined, pasts, batches = zip(*rows, strict=True)
             sizes = tuple(layer.num_inputs for layer in joined)
             factors = tuple(1.0 if isinstance(beta_sq[layer], Tensor) else beta_sq[layer] for layer in joined)
             place, factor = self._joined_constants(sizes, factors, dtype, device)
             batch = _joined(batches)
             running = running_moments(_joined(pasts), batch, decay)
-            q = guarded_second_moment(*(m if is_centred else m.about_zero() for m in (running, batch)))
-            floors = torch.stack([part.mean() for part in torch.split(q, list(sizes))]) * damping
-            scale = precision(q, floors.index_select(0, place)).mul_(factor)
+            about = tuple(m if is_centred else m.about_zero() for m in (running, batch if guarded else running))
+            q = guarded_second_moment(*about)
+            means = torch.stack([part.mean() for part in torch.split(q, list(sizes))])
+            input_sq.update(zip(joined, means.unbind(), strict=True))
+            scale = precision(q, (means * damping).index_select(0, place)).mul_(factor)
             parts = (torch.split(vector, list(sizes)) for vector in (running.mean, running.variance, scale))
             for layer, mean, variance, part in zip(joined, *parts, strict=True):
                 state = self.state[layer.weight]
                 state["input_mean"], state["input_variance"], scales[layer] = mean, variance, part
-        return scales
+        return scales, input_sq
+
+    def _trust(
+        self, layers: list[AffineLayer], directions: dict[int, Tensor], input_sq: Mapping[AffineLayer, Tensor]
+    ) -> None:
+        """Scale the directions of groups with this rule to their trust region, momentum included."""
+        for group in self.param_groups:
+            if group["rule"] != "trust_region" or self._model is None:
+                continue
+            if group["chain_length"] is None:
+                group["chain_length"] = self._chain.length
+            stepped = [p for p in group["params"] if _can_be_scaled(p)]
+            for p in stepped:
+                if id(p) not in directions:
+                    directions[id(p)] = p.grad.clone()
+            self._accumulate(group, stepped, directions)
+            mine = {p: directions[id(p)] for p in stepped}
+            blocks, covered = list[TrustedBlock](), set[Tensor]()
+            of_layers = (
+                layer_block(layer, directions, input_sq[layer], self.state[layer.weight])
+                for layer in layers
+                if layer.weight in mine or self._group_of[layer] is group
+            )
+            of_norms = (norm_block(w, b, directions) for w, b in self._norms.items() if w in mine)
+            for block in chain(of_layers, of_norms):
+                if block is not None:
+                    blocks.append(block)
+                    covered.update(p for p, _ in block.parts)
+            blocks += [bare_block(p, directions) for p in stepped if p not in covered]
+            if blocks:
+                scale_blocks(
+                    blocks,
+                    directions,
+                    self.state.__getitem__,
+                    partial(_bounded, group),
+                    decay=group["decay"],
+                    mean_over_ranks=self._mean_over_ranks,
+                )
+
+    def _accumulate(self, group: Mapping[str, Any], stepped: list[Tensor], directions: dict[int, Tensor]) -> None:
+        """Momentum as in SGD, before the trust region; directions become tensors of their own."""
+        momentum = group["momentum"]
+        if not momentum or not stepped:
+            return
+        now = [directions[id(p)] for p in stepped]
+        new = [k for k, p in enumerate(stepped) if self.state[p].get("momentum_buffer") is None]
+        for k in new:
+            self.state[stepped[k]]["momentum_buffer"] = now[k].clone()
+        old = [k for k in range(len(stepped)) if k not in set(new)]
+        buffers = [self.state[stepped[k]]["momentum_buffer"] for k in old]
+        if buffers:
+            torch._foreach_mul_(buffers, momentum)
+            torch._foreach_add_(buffers, [now[k] for k in old], alpha=1 - group["dampening"])
+        for p, direction in zip(stepped, now, strict=True):
+            buffer = self.state[p]["momentum_buffer"]
+            directions[id(p)] = direction.add(buffer, alpha=momentum) if group["nesterov"] else buffer.clone()
+
+    def _descend(self, group: dict[str, Any], directions: Mapping[int, Tensor]) -> None:
+        if group["rule"] != "trust_region" or self._model is None:
+            super()._descend(group, directions)
+            return
+        # Momentum is in the scaled directions already.
+        scaled = [p for p in group["params"] if _can_be_scaled(p)]
+        others = [p for p in group["params"] if not _can_be_scaled(p)]
+        super()._descend({**group, "params": scaled, "momentum": 0.0, "nesterov": False, "dampening": 0.0}, directions)
+        if others:
+            super()._descend({**group, "params": others}, directions)
+
+    def _rule_without_layer(self, parameter: Tensor, group: Mapping[str, Any], reason: str) -> tuple[str, str]:
+        if group["rule"] != "trust_region" or parameter.is_complex():
+            return "sgd", reason
+        if any(parameter is p for pair in self._norms.items() for p in pair):
+            return "trust_region", "normalisation: moves by a share of its own size"
+        return "trust_region", f"{reason}: moves as a whole by a share of its own size"
 
     def _joined_constants(
         self, sizes: tuple[int, ...], factors: tuple[Any, ...], dtype: torch.dtype, device: torch.device
@@ -320,6 +473,19 @@ class WhiteningSGD(LayerwiseOptimizer):
                     of_weight["param_names"].append(f"{f.layer_name}.bias")
         self._watch_layers()
         return folded
+
+
+def _can_be_scaled(parameter: Tensor) -> bool:
+    grad = parameter.grad
+    return grad is not None and not grad.is_sparse and not grad.is_complex()
+
+
+def _bounded(group: Mapping[str, Any], scale: Tensor) -> Tensor:
+    """From c_j to the factor of a direction: min(1, kappa c_j) with kappa = rho / lr_0, or c_j where lr is rho."""
+    length, reference_lr = group["chain_length"], group["reference_lr"]
+    if reference_lr is None:
+        return scale.div_(length)
+    return (scale * (group["trust_radius"] / (length * reference_lr))).clamp_(max=1.0)
 
 
 def _joined(parts: Sequence[Moments]) -> Moments:

@@ -1,0 +1,61 @@
+r"""How far a unit may move: a trust region for each output of a layer, measured in what the layer computes.
+
+A step s_j d_j of unit j's weights (and bias), its inputs held fixed, moves its output y_j by s_j (d_j . x). With
+
+    r_j^2 = E[(d_j . x)^2]     measured by applying the layer with d in place of its weights to a few samples
+    sigma_j^2 = var[y_j]       over the batch
+
+the share s_j r_j / sigma_j is a number without units that no rescaling of units or inputs affects.
+
+Source: Lafond, Vasilache and Bottou 2017, "Diagonal rescaling for neural networks", leave open what to do where the
+running statistics are wrong by orders of magnitude (§4.4). The bound is ours; taken over a running average of r_j^2 it
+is Eq. (11) of that paper for a block per unit, with E[y_j^2] / sigma_j^2 as metric: their expectation is what makes the
+steps of a unit shrink as its gradients do.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["FLAT_SHARE", "spread_floor", "unit_scale"]
+
+# A unit with less than a tenth of its layer's spread (standard deviation) is treated as one with a tenth.
+FLAT_SHARE = 0.01
+# And a layer without any, of weights that start at zero, as one that has a hundredth of its inputs' size.
+_STILL_SHARE = 1e-4
+
+
+def spread_floor(spread_sq: Tensor, input_sq: Tensor | float) -> Tensor:
+    """What is added to sigma_j^2, so that a unit that computes a constant can move.
+
+    Args:
+        spread_sq: sigma_j^2 of one layer, [m].
+        input_sq: mean of its inputs' E[x_i^2] or variances, a scalar.
+
+    Returns:
+        0.01 mean_j sigma_j^2 + 1e-4 input_sq, a scalar.
+    """
+    return spread_sq.mean().mul_(FLAT_SHARE).add_(input_sq, alpha=_STILL_SHARE)
+
+
+def unit_scale(change_sq: Tensor, expected_change_sq: Tensor, spread_sq: Tensor) -> Tensor:
+    r"""c_j = sigma_j / sqrt(max(r_j^2, E[r_j^2])): how many times d_j a unit may go to move by its own spread.
+
+    A step rho c_j d_j moves y_j by rho sigma_j at most on the samples that r_j was measured on, and by less where the
+    present direction is shorter than usual.
+
+    Args:
+        change_sq: r_j^2 of the present direction, [m].
+        expected_change_sq: its running average, the present one included; 0 for a bound without memory.
+        spread_sq: sigma_j^2, positive.
+
+    Returns:
+        c, [m], finite. Elementwise: vectors of several layers may be joined.
+
+    Example:
+        >>> unit_scale(torch.tensor([4.0, 1.0]), torch.tensor([1.0, 4.0]), torch.tensor([1.0, 1.0]))
+        tensor([0.5000, 0.5000])
+    """
+    tiny = torch.finfo(change_sq.dtype).tiny
+    return (spread_sq / torch.maximum(change_sq, expected_change_sq).clamp_(min=tiny)).sqrt_()

@@ -1,0 +1,187 @@
+"""The trust region per unit on a model's parameters: what is measured of each kind, and how they are scaled together."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchgeom_optim.geometry.moments import at_least_float32
+from torchgeom_optim.geometry.unit_trust import spread_floor, unit_scale
+from torchgeom_optim.optimizers.distributed import is_sharded, local_part, part_like, whole, with_local
+from torchgeom_optim.optimizers.layers import AffineLayer
+
+__all__ = ["TrustedBlock", "bare_block", "find_norms", "layer_block", "norm_block", "scale_blocks"]
+
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
+# What a normalised channel and a bare parameter are taken to be, if they start at zero: a tenth of what a norm
+# multiplies by otherwise, and a hundredth of a unit.
+_NORM_FLOOR, _BARE_FLOOR = 1e-2, 1e-4
+_Directions = MutableMapping[int, Tensor]
+
+
+@dataclass
+class TrustedBlock:
+    """Directions that are scaled together, unit by unit.
+
+    Attributes:
+        owner: the parameter in whose state the block's numbers are kept.
+        parts: each parameter, and the axis of its direction along which the units lie; None scales it as a whole.
+        change_sq: r_j^2 of the directions, [m].
+        spread_sq: sigma_j^2, floored.
+        num_samples: that r_j was measured on; 0 for what is known without a measurement.
+    """
+
+    owner: Tensor
+    parts: list[tuple[Tensor, int | None]]
+    change_sq: Tensor
+    spread_sq: Tensor
+    num_samples: int = 0
+
+
+def layer_block(
+    layer: AffineLayer, directions: Mapping[int, Tensor], input_sq: Tensor, state: MutableMapping[str, Any]
+) -> TrustedBlock | None:
+    """A layer's units; None for a layer that sits this step out and was never heard before.
+
+    Args:
+        layer: with the calls of this step, or none: then what is known of the last one.
+        directions: by the id of a parameter.
+        input_sq: mean square of the layer's inputs about their mean, a scalar.
+        state: of the layer's weight.
+
+    Returns:
+        The block.
+    """
+    parts: list[tuple[Tensor, int | None]] = []
+    if id(layer.weight) in directions:
+        parts.append((layer.weight, 1 if layer.is_embedding else 0))
+    parts += [(b, 0) for b in layer.parameters[1:] if id(b) in directions]
+    if not parts:
+        return None
+    complete = {id(p): whole(directions[id(p)]) for p, _ in parts}
+    if (spread := layer.output_spread_sq()) is not None:
+        state["spread_sq"] = spread + spread_floor(spread, input_sq)
+    change_sq, num_samples = layer.measured_change(complete)
+    if change_sq is None:
+        change_sq = state.get("change_sq")
+    if change_sq is None or "spread_sq" not in state:
+        return None
+    return TrustedBlock(layer.weight, parts, change_sq, state["spread_sq"], num_samples)
+
+
+def find_norms(model: nn.Module | None) -> dict[Tensor, Tensor | None]:
+    """Weights of the normalisation layers of a model, each with its bias."""
+    norms = (m for m in (model.modules() if model is not None else ()) if isinstance(m, _NORMS))
+    weights = ((m._parameters.get("weight"), m._parameters.get("bias")) for m in norms)
+    return {weight: bias for weight, bias in weights if weight is not None}
+
+
+def norm_block(weight: Tensor, bias: Tensor | None, directions: Mapping[int, Tensor]) -> TrustedBlock | None:
+    """The channels of a normalisation y_j = w_j x_j + b_j: x_j has mean 0 and variance 1, so nothing is measured.
+
+    r_j^2 = dw_j^2 + db_j^2, sigma_j^2 = w_j^2 + 0.01. (For layer norm, mean and variance over the channels are these.)
+
+    Args:
+        weight: w, any shape.
+        bias: b, of the same shape, or None.
+        directions: by the id of a parameter.
+
+    Returns:
+        The block, or None if neither is stepped.
+    """
+    stepped = [p for p in (weight, bias) if p is not None and id(p) in directions]
+    if not stepped:
+        return None
+    squares = [at_least_float32(whole(directions[id(p)])).square() for p in stepped]
+    change_sq = (squares[0] if len(squares) == 1 else squares[0] + squares[1]).reshape(-1)
+    spread_sq = at_least_float32(whole(weight).detach()).square().reshape(-1) + _NORM_FLOOR
+    return TrustedBlock(weight, [(p, 0) for p in stepped], change_sq, spread_sq)
+
+
+def bare_block(parameter: Tensor, directions: Mapping[int, Tensor]) -> TrustedBlock:
+    """A parameter of which nothing else is known moves, as a whole, by a share of its own root mean square.
+
+    r^2 = mean(d^2), sigma^2 = mean(p^2) + 1e-4.
+
+    Args:
+        parameter: any real one.
+        directions: by the id of a parameter.
+
+    Returns:
+        The block.
+    """
+    change, own = (at_least_float32(whole(p.detach())) for p in (directions[id(parameter)], parameter))
+    return TrustedBlock(
+        parameter,
+        [(parameter, None)],
+        change.square().mean().reshape(1),
+        own.square().mean().add_(_BARE_FLOOR).reshape(1),
+    )
+
+
+def scale_blocks(
+    blocks: Sequence[TrustedBlock],
+    directions: _Directions,
+    state_of: Callable[[Tensor], MutableMapping[str, Any]],
+    bound: Callable[[Tensor], Tensor],
+    *,
+    decay: float,
+    mean_over_ranks: Callable[[Sequence[Tensor], Sequence[float]], list[Tensor]],
+) -> None:
+    """Scale the directions of all blocks to the trust region, in place, and keep E[r_j^2].
+
+    Args:
+        blocks: alike in everything that ``bound`` and ``decay`` depend on.
+        directions: by the id of a parameter.
+        state_of: the state of a parameter.
+        bound: from c_j to the factor that a direction is multiplied by.
+        decay: of the running average of r_j^2.
+        mean_over_ranks: of what every process has measured, and on how many samples.
+    """
+    alike: dict[tuple[torch.dtype, torch.device], list[TrustedBlock]] = defaultdict(list)
+    for block in blocks:
+        alike[block.change_sq.dtype, block.change_sq.device].append(block)
+    for rows in alike.values():
+        measured = [row for row in rows if row.num_samples > 0]
+        means = mean_over_ranks([row.change_sq for row in measured], [row.num_samples for row in measured])
+        for row, mean in zip(measured, means, strict=True):
+            row.change_sq = mean
+        # The vectors of all blocks are joined, so that the number of operations hardly grows with that of the layers.
+        sizes = [row.change_sq.numel() for row in rows]
+        change_sq = torch.cat([row.change_sq for row in rows])
+        past = torch.cat([_past(state_of(row.owner), row.change_sq) for row in rows])
+        expected = past.lerp_(change_sq, 1 - decay)
+        scale = bound(unit_scale(change_sq, expected, torch.cat([row.spread_sq for row in rows])))
+        for row, own, factor in zip(rows, expected.split(sizes), scale.split(sizes), strict=True):
+            state_of(row.owner)["change_sq"] = own
+            for parameter, axis in row.parts:
+                directions[id(parameter)] = _scaled(directions[id(parameter)], factor, axis)
+
+
+def _past(state: Mapping[str, Any], change_sq: Tensor) -> Tensor:
+    past: Tensor | None = state.get("change_sq")
+    return change_sq if past is None else past.to(change_sq.dtype)
+
+
+def _scaled(direction: Tensor, factor: Tensor, axis: int | None) -> Tensor:
+    if axis is None:
+        return direction.mul_(factor)
+    if axis == 0:
+        if is_sharded(direction):
+            local, factor = local_part(direction), local_part(part_like(factor, direction))
+            return with_local(_scaled(local, factor, 0), direction)
+        return direction.mul_(
+            factor.view(direction.shape if factor.numel() == direction.numel() else _column(direction))
+        )
+    if is_sharded(direction):
+        return with_local(local_part(direction).mul_(factor), direction)
+    return direction.mul_(factor)
+
+
+def _column(direction: Tensor) -> tuple[int, ...]:
+    return (-1, *[1] * (direction.dim() - 1))
