@@ -416,8 +416,9 @@ def _noise_scale(history: History) -> float:
     recent = [(record.values.get("gradient_coherence", math.nan), record.batch_size) for record in history]
     pairs = [(c, b) for c, b in recent if math.isfinite(c) and b > 1][-RECENT:]
     if not pairs:
-        ratio = _typical(history, _value("gradient_noise_scale"))
-        return math.inf if ratio < 0.0 else ratio
+        scales = [record.values.get("gradient_noise_scale", math.nan) for record in history]
+        known = [scale if scale >= 0.0 else math.inf for scale in scales if not math.isnan(scale)]
+        return median(known[-RECENT:]) if known else math.nan
     numerator = sum(b * (1.0 - c) for c, b in pairs)
     denominator = sum(b * c - 1.0 for c, b in pairs)
     return numerator / denominator if denominator > 0.0 else math.inf
