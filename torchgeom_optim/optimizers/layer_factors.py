@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from torchgeom_optim.geometry.layers import plain_arithmetic
@@ -22,7 +22,17 @@ from torchgeom_optim.geometry.moments import at_least_float32
 from torchgeom_optim.optimizers.layer_rows import Rows, fisher, input_rows, moments, output_rows, token_frequencies
 from torchgeom_optim.optimizers.layers import AffineLayer, LayerCall, SeenCall
 
-__all__ = ["CapturedProduct", "FactorCall", "FactorKind", "PassCounter", "SeenFactors", "averaged", "pooled_factors"]
+__all__ = [
+    "CapturedProduct",
+    "FactorCall",
+    "FactorKind",
+    "PassCounter",
+    "SeenFactors",
+    "averaged",
+    "factors_with_counts",
+    "pooled_factors",
+    "with_factors",
+]
 
 FactorKind = Literal["kronecker", "kronecker_diagonal", "exact", "moments", "moments_with_row"]
 
@@ -127,6 +137,7 @@ class FactorCall(LayerCall):
     def __init__(
         self,
         layer: AffineLayer,
+        module: nn.Module,
         x: Tensor,
         y: Tensor,
         kind: FactorKind,
@@ -134,7 +145,7 @@ class FactorCall(LayerCall):
         *,
         with_moments: bool = False,
     ) -> None:
-        super().__init__(layer, x, y, [], with_moments=with_moments, with_output_grads=False)
+        super().__init__(layer, module, x, y, [], with_moments=with_moments, with_output_grads=False)
         self._inputs: Tensor | None = x.detach()
         self._kind = kind
         self._passes = passes
@@ -172,6 +183,7 @@ class FactorCall(LayerCall):
             return
         self.summarise()
         layer, g = self._layer, output_grad.detach()
+        g = g.clone() if self._num_applications == 1 else g  # else it may share its memory with the bias gradient
         with plain_arithmetic(g.device.type):
             if self._input_factor is not None:
                 rows = output_rows(layer, g)
@@ -235,10 +247,7 @@ def pooled_factors(calls: Sequence[SeenCall], *, mean_reduction: bool, loss_scal
     if not seen:
         return ()
     samples, applications = sum(c.num_samples for c in seen), sum(c.num_applications for c in seen)
-    passes: dict[int, int] = {}  # each brings the samples of its largest call; k of them share one mean
-    for call in seen:
-        passes[call.number_of_pass] = max(call.num_samples, passes.get(call.number_of_pass, 0))
-    undone = (float(sum(passes.values())) if mean_reduction else 1.0) ** 2 / loss_scale**2
+    undone = (_batch_size(seen) if mean_reduction else 1.0) ** 2 / loss_scale**2
     pooled, is_kronecker = [], seen[0].is_kronecker
     for k in range(len(seen[0].factors)):
         of_outputs = is_kronecker and k == 1
@@ -248,6 +257,58 @@ def pooled_factors(calls: Sequence[SeenCall], *, mean_reduction: bool, loss_scal
             terms.append((call.factors[k], share * (undone if of_outputs or not is_kronecker else 1.0)))
         pooled.append(terms)
     return tuple(pooled)
+
+
+def _batch_size(seen: Sequence[SeenFactors]) -> float | Tensor:
+    """N of the whole step: each pass brings the samples of its largest call; k of them share one mean."""
+    if len(seen) == 1:  # a tensor if it stands for all processes
+        return seen[0].num_samples
+    passes: dict[int, int] = {}
+    for call in seen:
+        assert isinstance(call.num_samples, int)
+        passes[call.number_of_pass] = max(call.num_samples, passes.get(call.number_of_pass, 0))
+    return float(sum(passes.values()))
+
+
+def factors_with_counts(layer: AffineLayer, kind: FactorKind) -> list[tuple[Tensor, float]]:
+    """The pooled factors of one process, as matrices, each with the number of observations that it is a mean over.
+
+    Args:
+        layer: with its calls, if this process has called it.
+        kind: of factors.
+
+    Returns:
+        Means that can be taken over processes, of gradients as autograd scaled them; without calls zeros of the same
+        shapes, with count 0.
+    """
+    dtype = torch.promote_types(layer.weight.dtype, torch.float32)
+    pooled = pooled_factors(layer.calls, mean_reduction=False)
+    if pooled:
+        samples = float(sum(call.num_samples for call in layer.calls))
+        counts = [samples] * len(pooled)
+        if kind.startswith("kronecker"):
+            counts[1] = float(sum(call.num_applications for call in layer.calls))
+        return [(averaged(terms, None, 0.0).to(dtype), n) for terms, n in zip(pooled, counts, strict=True)]
+    groups, units, inputs = layer.groups, layer.num_units // layer.groups, layer.fan_in + (layer.bias is not None)
+    shapes: list[tuple[int, ...]]
+    if kind == "exact":
+        shapes = [(1, layer.num_units * inputs, layer.num_units * inputs)]
+    elif kind.startswith("kronecker"):
+        of_outputs = (groups, units) if kind == "kronecker_diagonal" else (groups, units, units)
+        shapes = [(1, inputs) if layer.is_embedding else (groups, inputs, inputs), of_outputs]
+    else:
+        weight = tuple(layer.weight.shape[::-1] if layer.is_embedding else layer.weight.shape)
+        shapes = [weight] * (2 if kind == "moments_with_row" else 1)
+        shapes = [weight] if layer.bias is None else [*shapes, (layer.num_units,)]
+    return [(torch.zeros(shape, dtype=dtype, device=layer.weight.device), 0.0) for shape in shapes]
+
+
+def with_factors(call: SeenCall, kind: FactorKind, factors: Sequence[Tensor]) -> SeenFactors:
+    """A call, of all processes, with what these have found together."""
+    seen = SeenFactors(*call)
+    seen.factors, seen.is_kronecker = tuple(factors), kind.startswith("kronecker")
+    seen.number_of_pass, seen.product = -1, None
+    return seen
 
 
 def averaged(terms: Sequence[Term], past: Tensor | None, decay: float) -> Tensor:

@@ -33,8 +33,8 @@ from torchgeom_optim.optimizers.layers import AffineLayer
 __all__ = ["Rows", "fisher", "input_rows", "moments", "output_rows", "token_frequencies"]
 
 # Of convolutions not many more positions than these are looked at, as those of one sample are correlated.
-_ENOUGH_POSITIONS = 1024
-_POSITIONS_PER_ENTRY = 8  # of a patch, or of the outputs at a position
+_ENOUGH_POSITIONS = 512  # of one batch: averages run over many
+_POSITIONS_PER_ENTRY = 4  # of a patch, or of the outputs at a position
 
 
 class Rows(NamedTuple):
@@ -143,7 +143,7 @@ def _factor(layer: AffineLayer, x: Tensor, g: Tensor) -> Factor:
 def _stride(num_samples: int, positions: Sequence[int], num_entries: int) -> int:
     """Every how many-th position of each axis is enough."""
     enough = max(_ENOUGH_POSITIONS, _POSITIONS_PER_ENTRY * num_entries)
-    return max(1, int((num_samples * math.prod(positions) / enough) ** (1 / max(len(positions), 1))))
+    return max(1, round((num_samples * math.prod(positions) / enough) ** (1 / max(len(positions), 1))))
 
 
 def _thinned(factor: ConvolutionFactor) -> ConvolutionFactor:

@@ -20,9 +20,11 @@ from torchgeom_optim.optimizers.layer_factors import (
     FactorKind,
     PassCounter,
     SeenFactors,
+    factors_with_counts,
     pooled_factors,
+    with_factors,
 )
-from torchgeom_optim.optimizers.layers import AffineLayer
+from torchgeom_optim.optimizers.layers import AffineLayer, SeenCall
 from torchgeom_optim.optimizers.layerwise import LayerwiseOptimizer
 from torchgeom_optim.optimizers.metric_grid import (
     FINEST_BLOCK,
@@ -283,7 +285,7 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
         layer = self._layer_of[module]
         if (kind := self._kind) is None or not self._is_due(layer, self._factor_interval):
             return super()._on_call(module, x, y)
-        call = FactorCall(layer, x, y, kind, self._passes, with_moments=self.metric == "whitening")
+        call = FactorCall(layer, module, x, y, kind, self._passes, with_moments=self.metric == "whitening")
         if activations_are_not_kept():
             call.summarise()
         return call.on_output_grad
@@ -305,12 +307,12 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
         return self._needs_calls and super()._is_seen(layer)
 
     def _extra_means(self, layer: AffineLayer) -> list[Quantity]:
-        if self.metric in WITH_MATRICES:
-            raise RuntimeError(
-                f"got {self._ranks.number} processes with metric={self.metric!r}; need one process: try "
-                "metric='whitening'. Nothing was changed."
-            )
-        return []
+        if (kind := self._kind) is None or not self._is_due(layer, self._factor_interval):
+            return []
+        return factors_with_counts(layer, kind)
+
+    def _with_extras(self, layer: AffineLayer, call: SeenCall, means: list[Tensor]) -> SeenCall:
+        return with_factors(call, self._kind, means) if means and self._kind is not None else call
 
     # -- the step ------------------------------------------------------------------------------------------------
 
