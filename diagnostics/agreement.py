@@ -192,7 +192,7 @@ def gaussian_effective_rank(num_gradients: int, dimension: int) -> float:
     b, p = num_gradients - 0.5, dimension - 0.5
     mu = (math.sqrt(b) + math.sqrt(p)) ** 2
     sigma = math.sqrt(mu) * (1 / math.sqrt(b) + 1 / math.sqrt(p)) ** (1 / 3)
-    return num_gradients * dimension / (mu + _TRACY_WIDOM_MEAN * sigma)
+    return float(num_gradients * dimension / (mu + _TRACY_WIDOM_MEAN * sigma))
 
 
 def sampled_gaussian_effective_rank(
@@ -221,7 +221,8 @@ def sampled_gaussian_effective_rank(
     small, large = sorted((num_gradients, dimension))
     factor = torch.randn(num_draws, small, small, generator=generator, dtype=torch.float64).tril(-1)
     degrees = torch.arange(large, large - small, -1, dtype=torch.float64).expand(num_draws, small)
-    squares = 2 * torch._standard_gamma(degrees / 2, generator=generator)
+    # No public function of gammas takes a generator.
+    squares = 2 * torch._standard_gamma(degrees / 2, generator=generator)  # pyright: ignore[reportPrivateImportUsage]
     factor = factor + torch.diag_embed(squares.sqrt())
     ranks = effective_rank(factor.mT @ factor)
     error = float(ranks.std()) / math.sqrt(num_draws) if num_draws > 1 else math.nan

@@ -57,7 +57,7 @@ class BatchGradient:
         self.batch = batch
         self.num_samples = batch.num_samples
         self._loss_fn = loss_fn
-        self._reduction = reduction
+        self._reduction: Literal["mean", "sum"] | None = reduction
         self._freeze = freeze_statistics
 
     def on(self, batch: Batch) -> BatchGradient:
@@ -141,7 +141,7 @@ class BatchGradient:
             def product(v: Tensor) -> Tensor:
                 if not moving:
                     return torch.zeros_like(v)
-                parts = [x.reshape(leaf.shape).to(leaf) for x, leaf in zip(v.split(sizes), leaves, strict=True)]
+                parts = [x.reshape(leaf.shape).to(leaf) for x, leaf in zip(torch.split(v, sizes), leaves, strict=True)]
                 result = torch.autograd.grad(
                     [gradients[k] for k in moving],
                     leaves,

@@ -50,8 +50,8 @@ class Cost:
         return max(others, default=0) + self.bytes.get("step", 0)
 
     def __str__(self) -> str:
-        passes = self.total_seconds / self.pass_seconds
-        return f"about {self.total_seconds:.2g} s ({passes:.2g} passes) and {self.peak_bytes / 2**20:.3g} MiB a measurement"
+        seconds, mib = self.total_seconds, self.peak_bytes / 2**20
+        return f"about {seconds:.2g} s ({seconds / self.pass_seconds:.2g} passes) and {mib:.3g} MiB a measurement"
 
 
 def predicted_cost(

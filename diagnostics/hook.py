@@ -17,7 +17,7 @@ from torchgeom_optim.diagnostics.batch_gradient import BatchGradient
 from torchgeom_optim.diagnostics.conditioning import two_step_condition_number
 from torchgeom_optim.diagnostics.cost import Cost, predicted_cost
 from torchgeom_optim.diagnostics.history import History, Record
-from torchgeom_optim.diagnostics.loop import CriterionCall, LoopWatch, ObservedPass
+from torchgeom_optim.diagnostics.loop import CriterionCall, LoopWatch, ObservedPass, innermost, reduction_of
 from torchgeom_optim.diagnostics.masking import RandomMask
 from torchgeom_optim.diagnostics.measurement import Layers, Measurement, Options
 from torchgeom_optim.diagnostics.metrics import METRICS, MetricsChoice, chosen_metrics
@@ -92,7 +92,7 @@ class Diagnostics:
         history: History | None = None,
         options: Options | None = None,
     ) -> None:
-        self._called, self._model = model, _innermost(model)
+        self._called, self._model = model, innermost(model)
         if criterion is not None and not callable(criterion):
             raise TypeError(f"criterion={criterion!r}: must be a module or a function; nn.CrossEntropyLoss() is one.")
         self.criterion = criterion
@@ -101,7 +101,7 @@ class Diagnostics:
         self.history = History() if history is None else history
         self.options = options or Options()
         self.step = 0
-        self._reduction: Literal["mean", "sum"] = _reduction_of(criterion, reduction)
+        self._reduction: Literal["mean", "sum"] = reduction_of(criterion, reduction)
         self._freeze = freeze_statistics
         self._layers = Layers(self._model, per_layer)
         self._mask: RandomMask | None = None
@@ -466,46 +466,6 @@ class Diagnostics:
                 self._warned.add(note)
                 warnings.warn(f"diagnostics, step {record.step}: {note}", RuntimeWarning, stacklevel=2)
         return record
-
-
-def _innermost(model: nn.Module) -> nn.Module:
-    """The module itself, without wrappers that compile or synchronise."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}: a torch.nn.Module is needed.")
-    inner = model
-    while True:
-        if isinstance(inner, nn.parallel.DistributedDataParallel):
-            if torch.distributed.get_world_size(inner.process_group) > 1:
-                raise ValueError(
-                    "DistributedDataParallel over several processes: each sees its own part of the batch alone, and "
-                    "the numbers would not be the batch's; give model.module to have those of each process."
-                )
-            inner = inner.module
-        elif hasattr(inner, "_orig_mod"):
-            inner = inner._orig_mod  # type: ignore[assignment]
-        else:
-            break
-    parameters = [p for p in inner.parameters() if p.requires_grad]
-    if not parameters:
-        raise ValueError(
-            f"{type(model).__name__} has no parameter that requires grad: nothing has a gradient to look at; unfreeze "
-            f"some of them."
-        )
-    if any(hasattr(p, "placements") for p in parameters):
-        raise ValueError("the parameters are sharded over processes: only whole ones can be measured.")
-    return inner
-
-
-def _reduction_of(criterion: object, reduction: str | None) -> Literal["mean", "sum"]:
-    found = reduction or getattr(criterion, "reduction", None) or "mean"
-    if found in ("mean", "batchmean"):
-        return "mean"
-    if found == "sum":
-        return "sum"
-    raise ValueError(
-        f"reduction={found!r}: the criterion must give one loss for the batch, the 'mean' or the 'sum' over its "
-        f"samples; nn.CrossEntropyLoss() does."
-    )
 
 
 def _remove(handles: list[RemovableHandle]) -> None:

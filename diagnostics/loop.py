@@ -8,7 +8,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from torchgeom_optim.geometry.capture import _in_functional_transform, _private_captures
 from torchgeom_optim.geometry.per_sample import Batch
 
-__all__ = ["CriterionCall", "LoopWatch", "ObservedPass", "own_loss"]
+__all__ = ["CriterionCall", "LoopWatch", "ObservedPass", "innermost", "own_loss", "reduction_of"]
 
 
 def own_loss(outputs: Any) -> Tensor:
@@ -189,6 +189,69 @@ class LoopWatch:
         on_backward = self._on_backward()
         if observed is not None and on_backward is not None:
             on_backward(observed)
+
+
+def innermost(model: nn.Module) -> nn.Module:
+    """The module itself, without wrappers that compile or synchronise.
+
+    Args:
+        model: what the loop calls.
+
+    Returns:
+        The module whose parameters are measured.
+
+    Raises:
+        TypeError: it is no module.
+        ValueError: its parameters or its batches are spread over processes, or nothing in it is trained.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}: a torch.nn.Module is needed.")
+    inner: Any = model
+    while True:
+        if isinstance(inner, nn.parallel.DistributedDataParallel):
+            if torch.distributed.get_world_size(inner.process_group) > 1:
+                raise ValueError(
+                    "DistributedDataParallel over several processes: each sees its own part of the batch alone, and "
+                    "the numbers would not be the batch's; give model.module to have those of each process."
+                )
+            inner = inner.module
+        elif hasattr(inner, "_orig_mod"):
+            inner = inner._orig_mod
+        else:
+            break
+    parameters = [p for p in inner.parameters() if p.requires_grad]
+    if not parameters:
+        raise ValueError(
+            f"{type(model).__name__} has no parameter that requires grad: nothing has a gradient to look at; unfreeze "
+            f"some of them."
+        )
+    if any(hasattr(p, "placements") for p in parameters):
+        raise ValueError("the parameters are sharded over processes: only whole ones can be measured.")
+    return cast(nn.Module, inner)
+
+
+def reduction_of(criterion: object, reduction: str | None = None) -> Literal["mean", "sum"]:
+    """How a criterion puts the samples' losses together; the mean where it does not tell.
+
+    Args:
+        criterion: with an attribute ``reduction``, or without.
+        reduction: what is to be taken in any case.
+
+    Returns:
+        "mean" or "sum".
+
+    Raises:
+        ValueError: it leaves them apart.
+    """
+    found = reduction or getattr(criterion, "reduction", None) or "mean"
+    if found in ("mean", "batchmean"):
+        return "mean"
+    if found == "sum":
+        return "sum"
+    raise ValueError(
+        f"reduction={found!r}: the criterion must give one loss for the batch, the 'mean' or the 'sum' over its "
+        f"samples; nn.CrossEntropyLoss() does."
+    )
 
 
 class _Hook:

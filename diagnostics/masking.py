@@ -91,7 +91,8 @@ def _draw(size: int, fraction: float, generator: torch.Generator) -> Tensor:
     # Drawn and drawn again until there are enough: a permutation of 10^8 numbers takes a gigabyte.
     chosen = torch.empty(0, dtype=torch.int64)
     while len(chosen) < count:
-        chosen = torch.cat([chosen, torch.randint(size, (2 * (count - len(chosen)),), generator=generator)]).unique()
+        more = torch.randint(size, (2 * (count - len(chosen)),), generator=generator)
+        chosen = torch.unique(torch.cat([chosen, more]))
     # unique() sorts; which of the surplus is left out must not depend on the order.
     keep = torch.randperm(len(chosen), generator=generator)[:count]
     return chosen[keep.sort().values]

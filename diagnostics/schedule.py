@@ -82,8 +82,8 @@ def as_schedule(every: int | Schedule) -> Schedule:
         ValueError: a number that is not whole, or below 1.
         TypeError: neither a number nor callable.
     """
-    if isinstance(every, int | float):
-        return EverySteps(every)  # type: ignore[arg-type]  # a float is refused there, by value
+    if isinstance(every, int | float):  # a float is refused there
+        return EverySteps(every)  # pyright: ignore[reportArgumentType]
     if not callable(every):
         raise TypeError(
             f"every={every!r}: must be a number of steps, LogSpaced(...), or a callable from step to bool; try 100."
