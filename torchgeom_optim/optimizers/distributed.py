@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Ranks",
     "in_process_group",
+    "is_flattened",
     "is_sharded",
     "is_sharded_by_rows",
     "local_part",
@@ -191,11 +192,15 @@ def process_group_of(model: nn.Module | None) -> ProcessGroup | None:
     return None
 
 
+def is_flattened(module: nn.Module) -> bool:
+    """Whether it is a FullyShardedDataParallel, whose parameters are pieces of one long vector."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel)
+
+
 def sharding_problem(model: nn.Module, weight: Tensor) -> str | None:
     """Why a layer cannot be stepped on its own inputs, if its weight lies on several processes; else None."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is not None and any(isinstance(module, fsdp.FullyShardedDataParallel) for module in model.modules()):
-        return "flattened by FullyShardedDataParallel"
     if not is_sharded(weight):
         return None
     if fsdp is None or not any(isinstance(module, fsdp.FSDPModule) for module in model.modules()):

@@ -145,8 +145,8 @@ class LayerwiseOptimizer(Optimizer):
         flattened = [name for name, module in model.named_modules() if is_flattened(module)]
         if flattened and any(group["rule"] != "sgd" for group in self.param_groups):
             raise ValueError(
-                f"got parameters that FullyShardedDataParallel has flattened (in the module {flattened[0]!r}); need whole "
-                "ones, or rows of them: try torch.distributed.fsdp.fully_shard, or groups with rule='sgd'."
+                f"got parameters that FullyShardedDataParallel has flattened (in the module {flattened[0]!r}); need "
+                "whole ones, or rows of them: try torch.distributed.fsdp.fully_shard, or groups with rule='sgd'."
             )
 
     def _check_shards(self, model: nn.Module, layers: list[AffineLayer]) -> None:
