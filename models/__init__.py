@@ -3,6 +3,7 @@
 if __name__ != "torchgeom_optim.models":
     raise ImportError(f"{__name__!r} is not importable by this name; import torchgeom_optim.models instead.")
 
+from torchgeom_optim.models.compaction import Compaction, CompactionError, CompactionReport, ModelCost, compact
 from torchgeom_optim.models.reduced_model import ReducedModel
 from torchgeom_optim.models.reduction import decompose, reduce_model
 from torchgeom_optim.models.reduction_decomposition import Decomposition
@@ -32,8 +33,12 @@ from torchgeom_optim.models.reference_modules import CharGPT, PlainResNet
 __all__ = [
     "REFERENCE_NETWORKS",
     "CharGPT",
+    "Compaction",
+    "CompactionError",
+    "CompactionReport",
     "CurvePoint",
     "Decomposition",
+    "ModelCost",
     "PlainResNet",
     "ReducedModel",
     "ReductionReport",
@@ -42,6 +47,7 @@ __all__ = [
     "cnn3",
     "cnn_small",
     "cnn_small_cifar",
+    "compact",
     "decompose",
     "distil",
     "lenet",
