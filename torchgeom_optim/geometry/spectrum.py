@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -288,8 +289,9 @@ def _decompose(jacobian: Jacobian, generator: torch.Generator) -> tuple[Tensor, 
 
 def _carried_back(jacobian: Jacobian, left: Tensor, values: Tensor) -> Tensor:
     """V = J' U S^-1/2, eigenvalues unnormalised."""
-    V = (jacobian.T @ left.to(jacobian.dtype)).double()
-    lengths = V.square().sum(0)
+    left = left.to(jacobian.dtype)
+    V = (_through_rows(jacobian, left) if _rows_are_cheaper(jacobian, left.shape[1]) else jacobian.T @ left).double()
+    lengths = V.norm(dim=0).square()
     # u'J J'u = s: nothing else tells that the weights have moved since.
     allowed = 10 * math.sqrt(torch.finfo(jacobian.dtype).eps) * values[0]
     if not bool(((lengths - values).abs() <= allowed).all()):
@@ -298,7 +300,29 @@ def _carried_back(jacobian: Jacobian, left: Tensor, values: Tensor) -> Tensor:
             f"eigenvalue {float(values[0]):.3g}: the weights or data are not those of the spectrum any more. Take "
             "eigenvectors before the next training step."
         )
-    return V / lengths.sqrt()
+    return V.div_(lengths.sqrt())
+
+
+def _rows_are_cheaper(jacobian: Jacobian, num: int) -> bool:
+    """Whether J'u for so many u costs more by a backward pass each than from the rows, which C of them give."""
+    with warnings.catch_warnings():  # torch's own use of what it deprecates
+        warnings.simplefilter("ignore", FutureWarning)
+        from torch.utils.flop_counter import FlopCounterMode  # here, for it imports much
+    weights, function = jacobian.shape[1], jacobian._f
+    with FlopCounterMode(display=False) as counter, function.private(), torch.no_grad():
+        function.on(next(iter(function.parts(1))))({}, torch.Tensor.detach)
+    backward = counter.get_total_flops()  # in multiplications with additions, for inputs and weights
+    outputs = jacobian.num_outputs
+    return num * backward > outputs * backward + outputs * weights * num
+
+
+def _through_rows(jacobian: Jacobian, left: Tensor) -> Tensor:
+    V = left.new_zeros(jacobian.shape[1], left.shape[1])
+    row = 0
+    for block in jacobian.rows():
+        V.addmm_(block.T, left[row : row + len(block)])
+        row += len(block)
+    return V
 
 
 def _weight_matrix(jacobian: Jacobian) -> Tensor:
