@@ -91,6 +91,22 @@ class Ranks:
                 means[place] = (values * share).view(tensors[place].shape)
         return means
 
+    def largest(self, value: float, device: torch.device) -> float:
+        """The largest of the values that the processes give; waits for the device if there are several.
+
+        Args:
+            value: of this process.
+            device: that the processes communicate from.
+
+        Returns:
+            The same number in all of them.
+        """
+        if self.number == 1:
+            return value
+        found = torch.tensor(float(value), device=device)
+        self._reduce(found, distributed.ReduceOp.MAX)
+        return float(found)
+
     def require_agreement(self, layout: Sequence[Hashable], device: torch.device) -> None:
         """Compare, the first time, what the processes are about to average.
 

@@ -263,6 +263,11 @@ class AffineLayer:
         pooled = pooled_moments(moments)
         return pooled.about_zero().variance if isinstance(pooled.count, int) and pooled.count == 1 else pooled.variance
 
+    @property
+    def is_called_elsewhere(self) -> bool:
+        """Whether the call of this step is that of several processes, if not of this one."""
+        return bool(self.calls) and isinstance(self.calls[0].num_samples, Tensor)
+
     def measured_change(self, directions: Mapping[int, Tensor]) -> tuple[Tensor | None, int]:
         """r_j^2, the mean square of what the layer computes with directions in place of its weights, on the probes.
 

@@ -318,7 +318,8 @@ class WhiteningSGD(LayerwiseOptimizer):
             if group["rule"] != "trust_region" or self._model is None:
                 continue
             if group["chain_length"] is None:
-                group["chain_length"] = self._chain.length
+                device = group["params"][0].device
+                group["chain_length"] = self._ranks.largest(self._chain.length, device)
             stepped = [p for p in group["params"] if _can_be_scaled(p)]
             for p in stepped:
                 if id(p) not in directions:
