@@ -55,11 +55,12 @@ class GatedNetwork(nn.Module):
         self._program = GateProgram(model)
         self._names: dict[str, int] = {}
         self.weights = nn.ParameterList()
+        named = dict(model.named_parameters())
         for layer in self._program.layers:
-            for name, p in layer.module.named_parameters(prefix=layer.name):
-                if name not in self._names:
+            for name in (layer.weight, layer.bias):
+                if name is not None and name not in self._names:
                     self._names[name] = len(self.weights)
-                    self.weights.append(nn.Parameter(p.detach().clone()))
+                    self.weights.append(nn.Parameter(named[name].detach().clone()))
         if not self._names:
             raise ValueError(
                 f"{type(model).__name__} has no parameters: there is nothing to train. Give the trained network."
@@ -97,7 +98,7 @@ class GatedNetwork(nn.Module):
             nonlocal features
             assert b is not None
             features = b if layer is last else None
-            return applied(layer.module, b, own.get(f"{layer.name}.weight"), own.get(f"{layer.name}.bias"))
+            return applied(layer.module, b, own.get(layer.weight or ""), own.get(layer.bias or ""))
 
         logits = self._program.carry(record, affine, tangent=False)
         if not self.block:

@@ -44,11 +44,15 @@ class Layer:
         node: name of the call.
         name: name of the module.
         module: the layer.
+        weight: name of its weight in ``model.named_parameters()``, which a tied one has once; None without.
+        bias: that of its bias.
     """
 
     node: str
     name: str
     module: nn.Module
+    weight: str | None
+    bias: str | None
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,31 @@ class GateProgram:
         record["logits"] = values[self._output]
         return record
 
+    def differentiated(self, args: tuple[Any, ...]) -> tuple[Tensor, list[tuple[Layer, Tensor, Tensor]]]:
+        """Evaluate the network with a graph that leads from the logits to what the layers returned, and no further.
+
+        Args:
+            args: the one input of the network, [N, ...].
+
+        Returns:
+            Logits [N, C]; each layer with its (normalized) input and its output.
+        """
+        (x,) = args
+        values: dict[str, Any] = {self._placeholder: _channels_last(x)}
+        calls: list[tuple[Layer, Tensor, Tensor]] = []
+        with torch.enable_grad():
+            for step in self._steps:
+                given, kwargs = map_arg((step.args, step.kwargs), lambda node: values[node.name])
+                if step.layer is None:
+                    values[step.node] = _run(step, given, kwargs, {}, {})
+                    continue
+                module = step.layer.module
+                a = normalized(module, given[0])
+                z = applied(module, a, *_weights(module))
+                values[step.node] = z if z.requires_grad else z.requires_grad_()
+                calls.append((step.layer, a, values[step.node]))
+        return values[self._output], calls
+
     def carry(self, record: Mapping[str, Tensor], affine: Affine, *, tangent: bool) -> Tensor:
         """Carry a companion through the record's gates, differentiably.
 
@@ -201,9 +230,10 @@ class GateProgram:
                 f"the network uses {len(inputs)} inputs and returns {output}: one tensor in and one tensor of logits "
                 "out are needed. Wrap it in such a module, or use method='linearised'."
             )
+        names = {id(p): name for name, p in self._model.named_parameters()}
         for node in graph.nodes:
             if node.op not in ("placeholder", "output") and (node.users or node.op != "get_attr"):
-                steps.append(_step_of(node, modules))
+                steps.append(_named(_step_of(node, modules), names))
         self._placeholder, self._output = inputs[0].name, output.name
         self._steps = _fused(steps)
 
@@ -281,7 +311,7 @@ def _run(step: _Step, given: Any, kwargs: Any, made: Record | None, kept: Mappin
         x = _channels_last(x)  # a convolution of one channel forgets it
         if made is not None:
             y, at = step.pool(x)
-            made[f"{step.node}.at"] = at
+            made[f"{step.node}.at"] = at.to(torch.int16) if x[0, 0].numel() <= 2**15 else at  # a quarter to keep
         else:
             at = kept[f"{step.node}.at"].long()
             y = _Pick.apply(x, at, step.size) if x.dim() == 4 else x.flatten(2).gather(2, at.flatten(2)).view(at.shape)
@@ -302,7 +332,7 @@ def _step_of(node: fx.Node, modules: Mapping[str, nn.Module]) -> _Step:
         module = modules[str(node.target)]
         kind = type(module)
         if kind in _LAYERS and not (isinstance(module, _BatchNorm) and module.running_mean is None):
-            return _Step(name, node.args, layer=Layer(name, str(node.target), module))
+            return _Step(name, node.args, layer=Layer(name, str(node.target), module, None, None))
         if kind in _LINEAR_MODULES:
             return _Step(name, node.args, function=_frozen(module))
         if kind is nn.ReLU:
@@ -339,6 +369,13 @@ def _step_of(node: fx.Node, modules: Mapping[str, nn.Module]) -> _Step:
         "statistics, ReLU, max pooling and linear maps between them are. Use method='linearised' or 'paper', which "
         "take any network."
     )
+
+
+def _named(step: _Step, names: Mapping[int, str]) -> _Step:
+    if step.layer is None:
+        return step
+    weight, bias = (names.get(id(getattr(step.layer.module, own, None))) for own in ("weight", "bias"))
+    return replace(step, layer=replace(step.layer, weight=weight, bias=bias))
 
 
 def _fused(steps: list[_Step]) -> list[_Step]:
