@@ -4,6 +4,11 @@ if __name__ != "torchgeom_optim.models":
     raise ImportError(f"{__name__!r} is not importable by this name; import torchgeom_optim.models instead.")
 
 from torchgeom_optim.models.compaction import Compaction, CompactionError, CompactionReport, ModelCost, compact
+from torchgeom_optim.models.gated import GatedNetwork
+from torchgeom_optim.models.gradnet import GradNet
+from torchgeom_optim.models.gradnet_cache import RecordCache
+from torchgeom_optim.models.gradnet_gates import UnsupportedBaseError
+from torchgeom_optim.models.gradnet_paper import CandidateNetwork
 from torchgeom_optim.models.reduced_model import ReducedModel
 from torchgeom_optim.models.reduction import decompose, reduce_model
 from torchgeom_optim.models.reduction_decomposition import Decomposition
@@ -29,19 +34,26 @@ from torchgeom_optim.models.reference import (
     vgg_small,
 )
 from torchgeom_optim.models.reference_modules import CharGPT, PlainResNet
+from torchgeom_optim.models.tangent import LinearisedNetwork
 
 __all__ = [
     "REFERENCE_NETWORKS",
+    "CandidateNetwork",
     "CharGPT",
     "Compaction",
     "CompactionError",
     "CompactionReport",
     "CurvePoint",
     "Decomposition",
+    "GatedNetwork",
+    "GradNet",
+    "LinearisedNetwork",
     "ModelCost",
     "PlainResNet",
+    "RecordCache",
     "ReducedModel",
     "ReductionReport",
+    "UnsupportedBaseError",
     "allcnn9",
     "char_gpt",
     "cnn3",
