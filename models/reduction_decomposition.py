@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -55,6 +55,21 @@ class Decomposition:
     samples: MiniBatch
     select: Callable[[Any], Tensor] | None
     class_dim: int
+
+    def ranked_by(self, importance: str) -> Decomposition:
+        """The same decomposition with another ranking.
+
+        Args:
+            importance: "loss", lam c^2 / 2; "eigenvalue", lam; "magnitude", c^2.
+
+        Returns:
+            One that shares everything else with this.
+
+        Raises:
+            ValueError: an unknown name.
+        """
+        ranking = importances(importance, self.coordinates, self.diagonal)
+        return replace(self, importance=importance, ranked=ranking.argsort(descending=True, stable=True))
 
     def reduced(
         self, num_directions: int | float, data: Any = None, targets: Tensor | None = None, *, measure: bool = True
@@ -202,9 +217,17 @@ def importances(importance: str, coordinates: Tensor, diagonal: Tensor) -> Tenso
 
     Returns:
         [R], float64.
+
+    Raises:
+        ValueError: an unknown name.
     """
     squares = coordinates.detach().double().square()
-    return {"loss": 0.5 * diagonal * squares, "eigenvalue": diagonal, "magnitude": squares}[importance]
+    known = {"loss": 0.5 * diagonal * squares, "eigenvalue": diagonal, "magnitude": squares}
+    if importance not in known:
+        raise ValueError(
+            f"importance={importance!r}: must be one of {', '.join(map(repr, known))}; 'loss' is the default."
+        )
+    return known[importance]
 
 
 def number_of(num_directions: int | float, directions: Directions, num_samples: int) -> int:
