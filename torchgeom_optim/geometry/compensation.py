@@ -19,8 +19,8 @@ class CompensatedStep(NamedTuple):
         step: v + theta, [P]; to be added to the weights.
         wanted: ||c - J v||, the change that is asked of the free weights; a scalar.
         left: ||c - J (v + theta)||, what they could not give.
-        gradient_ratio: of the objective, with r = c - J (v + theta): ||J_f' r - lambda theta|| over the same at theta = 0.
-            0 at the minimum.
+        gradient_ratio: ||D (J_f' r - lambda theta)|| over the same at theta = 0, with r = c - J (v + theta): 0 at the
+            minimum.
         iterations: of conjugate gradients.
         converged: whether gradient_ratio <= tolerance. Stopping early is a regularisation of its own.
     """

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from torchgeom_optim.geometry.jacobian import Jacobian
+from torchgeom_optim.geometry.mini_batches import MiniBatch
 
 __all__ = ["FunctionMetric"]
 
@@ -61,3 +64,7 @@ class FunctionMetric(Jacobian):
         generator = generator or torch.Generator().manual_seed(0)
         signs = torch.randint(0, 2, (self.shape[0], num_probes), generator=generator).mul_(2).sub_(1)
         return self.transposed_product(signs.to(self.vectors.device, self.dtype)).square().mean(1)
+
+    def mini_batches(self) -> Iterator[MiniBatch]:
+        """The samples, in mini-batches as large as a product takes them."""
+        return self._f.parts(self._plan.samples_per_pass("product"))

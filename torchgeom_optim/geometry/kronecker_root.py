@@ -9,7 +9,7 @@ the layer the trace that it has in J'J: A and B both sum over positions, so that
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,7 +19,7 @@ from torchgeom_optim.geometry.kronecker import KroneckerFactors, ParameterMatrix
 from torchgeom_optim.geometry.matrix_metric import relative_split
 from torchgeom_optim.geometry.parameter_vectors import ParameterVectors
 
-__all__ = ["KroneckerRoot", "averaged_factors"]
+__all__ = ["FactorMemory", "KroneckerRoot", "averaged_factors"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,35 +165,39 @@ class KroneckerRoot:
         return torch.zeros(self.vectors.size, dtype=self.vectors.dtype, device=self.vectors.device)
 
 
+FactorMemory = dict[str, tuple[Tensor | None, Tensor | None, float]]
+
+
 def averaged_factors(
-    past: Mapping[str, KroneckerFactors], new: Sequence[KroneckerFactors], decay: float
-) -> dict[str, KroneckerFactors]:
-    """Running averages of the factors, weighted by samples: what the layers have seen before counts ``decay`` times.
+    past: FactorMemory, new: Sequence[KroneckerFactors], decay: float
+) -> tuple[list[KroneckerFactors], FactorMemory]:
+    """Running averages of the factors, weighted by samples: what was seen before counts ``decay`` times.
 
     Args:
-        past: by the name of the layer's weight; ``num_samples`` is the weight that it has in the average.
+        past: by the name of the layer's weight A, B and the weight that they have in the average; empty at first.
         new: of the samples at hand.
         decay: weight of the past, in [0, 1].
 
     Returns:
-        By the name of the weight.
+        The averages, in the order of ``new``; and the same as the next step's past.
     """
-    result = {}
+    averages, memory = [], FactorMemory()
     for factors in new:
-        name = factors.layout.weight
-        before = past.get(name)
-        if before is None or before.layout != factors.layout:
-            result[name] = factors
-            continue
-        weight = decay * before.num_samples
-        share = factors.num_samples / (weight + factors.num_samples)
-        inputs, output_grads = (
-            None if a is None or b is None else torch.lerp(a, b, share)
-            for a, b in ((before.inputs, factors.inputs), (before.output_grads, factors.output_grads))
-        )
-        total = round(weight + factors.num_samples)
-        result[name] = replace(factors, inputs=inputs, output_grads=output_grads, num_samples=total)
-    return result
+        name, n = factors.layout.weight, factors.num_samples
+        A, B, weight = past.get(name, (None, None, 0.0))
+        weight = decay * weight
+        if not (_alike(A, factors.inputs) and _alike(B, factors.output_grads)):
+            A, B, weight = factors.inputs, factors.output_grads, 0.0
+        share = n / (weight + n)
+        A = None if A is None or factors.inputs is None else torch.lerp(A, factors.inputs, share)
+        B = None if B is None or factors.output_grads is None else torch.lerp(B, factors.output_grads, share)
+        averages.append(replace(factors, inputs=A, output_grads=B))
+        memory[name] = A, B, weight + n
+    return averages, memory
+
+
+def _alike(before: Tensor | None, now: Tensor | None) -> bool:
+    return before is not None and now is not None and before.shape == now.shape
 
 
 def _diagonal(factor: Tensor) -> Tensor:

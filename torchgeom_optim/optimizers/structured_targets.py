@@ -69,8 +69,8 @@ class Heads(Target):
             module = dict(space.model.named_modules()).get(key)
             if not isinstance(module, nn.MultiheadAttention) or module.in_proj_weight is None:
                 raise ValueError(
-                    f"{key!r} is {type(module).__name__}: must be an nn.MultiheadAttention with packed projections; for "
-                    "others give a pair (query-key-value layer, output layer) and num_heads."
+                    f"{key!r} is {type(module).__name__}: must be an nn.MultiheadAttention with packed projections; "
+                    "for others give a pair (query-key-value layer, output layer) and num_heads."
                 )
             heads, prefix = module.num_heads, f"{key}." if key else ""
             packed, output = [f"{prefix}in_proj_weight", f"{prefix}in_proj_bias"], f"{prefix}out_proj.weight"
@@ -121,20 +121,20 @@ class NofM(Target):
         blocks: dict[str, Tensor] = {}
         total = 0
         for name, shape in space.vectors.shapes.items():
-            may = space.vectors.named(space.may_cut)[name]
+            may = space.vectors.named(space.single)[name]
             if not bool(may.any()):
                 blocks[name] = torch.zeros(shape, dtype=torch.long)
                 continue
             fan_in = shape[1:].numel()
-            if len(shape) < 2 or fan_in % self.m:
+            if fan_in % self.m:
                 raise ValueError(
-                    f"{name} of shape {list(shape)}: the inputs of a unit must be a multiple of m={self.m}. Put it into a "
-                    "group with may_cut=False."
+                    f"{name} of shape {list(shape)}: the inputs of a unit must be a multiple of m={self.m}. Put it "
+                    "into a group with may_cut=False."
                 )
             blocks[name] = (torch.arange(shape.numel()) // self.m).view(shape) + total
             total += shape.numel() // self.m
         owner, _ = single_weights(space)
-        scope = space.vectors.flat(blocks).to(owner.device)[space.may_cut]
+        scope = space.vectors.flat(blocks).to(owner.device)[space.single]
         counts = torch.full((total,), self.m - self.n, device=owner.device)
         plan = CutPlan(owner, scope, counts, whole_units=False)
         check_counts(plan, space, f"NofM({self.n}, {self.m})")
@@ -153,8 +153,8 @@ def _joined(pieces: list[tuple[Tensor, int, str]], space: TargetSpace, what: str
             raise ValueError(f"{what}: {name} shares parameters with a layer named before; name each once.")
         if bool((members & ~space.may_cut & ~space.cut).any()):
             raise ValueError(
-                f"{what}: entries of {name} may not be cut; need its parameters, biases too, in groups with "
-                "may_cut=True."
+                f"{what}: entries of {name} may not be cut; need its parameters, biases too, in groups "
+                "with may_cut=True."
             )
         joined = torch.where(members, owner + total, joined)
         size = int(owner.max()) + 1

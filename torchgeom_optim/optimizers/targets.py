@@ -36,6 +36,13 @@ class TargetSpace:
     may_cut: Tensor
     cut: Tensor
 
+    @property
+    def single(self) -> Tensor:
+        """Which entries may be cut one by one: those of parameters with two axes or more, biases and norms not."""
+        shapes = self.vectors.shapes
+        is_weight = self.vectors.flat({name: torch.full(shape, len(shape) > 1) for name, shape in shapes.items()})
+        return self.may_cut & is_weight.to(self.may_cut.device)
+
 
 @dataclass(frozen=True, eq=False)
 class CutPlan:
@@ -126,7 +133,7 @@ class Sparsity(Target):
     """A share of the weights is zero.
 
     Args:
-        share: of the weights that may be cut, in (0, 1).
+        share: of the weights that may be cut, in (0, 1). Biases and norms, parameters of one axis, do not count.
         scope: "global" compares all weights, "layer" takes the share of every parameter by itself.
 
     Raises:
@@ -143,11 +150,10 @@ class Sparsity(Target):
             raise ValueError(f"scope={self.scope!r}: must be 'global' or 'layer'.")
 
     def plan(self, space: TargetSpace) -> CutPlan:  # noqa: D102
-        may_cut = space.may_cut
         owner, scope = single_weights(space)
         counts = (torch.bincount(scope).double() * self.share).round().long()
         if self.scope == "global":
-            counts, scope = (may_cut.sum() * self.share).round().long()[None], torch.zeros_like(scope)
+            counts, scope = (torch.ones_like(scope).sum() * self.share).round().long()[None], torch.zeros_like(scope)
         plan = CutPlan(owner, scope, counts, whole_units=False)
         check_counts(plan, space, f"Sparsity({self.share}, {self.scope!r})")
         return plan
@@ -175,10 +181,9 @@ class Mask(Target):
                     f"{list(shapes[name])}. Give a bool tensor, True where a weight stays."
                 )
         device = space.weights.device
-        out = space.vectors.flat(
-            {name: ~self.keep[name].bool().to(device) if name in self.keep else torch.zeros(shape, dtype=torch.bool, device=device)
-             for name, shape in shapes.items()}
-        )  # fmt: skip
+        outs = {name: torch.zeros(shape, dtype=torch.bool, device=device) for name, shape in shapes.items()}
+        outs.update({name: ~keep.to(device, torch.bool) for name, keep in self.keep.items()})
+        out = space.vectors.flat(outs)
         forbidden = [
             name for name, part in space.vectors.named(out & ~space.may_cut & ~space.cut).items() if part.any()
         ]
@@ -259,10 +264,11 @@ class Dense(Target):
 
 def single_weights(space: TargetSpace) -> tuple[Tensor, Tensor]:
     """Every weight that may be cut as a piece of its own, and the number of its parameter as scope."""
-    owner = torch.full_like(space.may_cut, -1, dtype=torch.long)
-    owner[space.may_cut] = torch.arange(int(space.may_cut.sum()), device=owner.device)
+    single = space.single
+    owner = torch.full_like(single, -1, dtype=torch.long)
+    owner[single] = torch.arange(int(single.sum()), device=owner.device)
     numbers = {name: torch.full(shape, k) for k, (name, shape) in enumerate(space.vectors.shapes.items())}
-    parameter = space.vectors.flat(numbers).to(owner.device)[space.may_cut]
+    parameter = space.vectors.flat(numbers).to(owner.device)[single]
     return owner, torch.unique(parameter, return_inverse=True)[1]
 
 
@@ -338,8 +344,8 @@ def check_counts(plan: CutPlan, space: TargetSpace, what: str) -> None:
     sizes = torch.bincount(plan.scope, minlength=len(plan.counts))
     if bool((plan.counts > sizes).any()) or int(plan.counts.sum()) == 0:
         raise ValueError(
-            f"{what}: {int(plan.counts.sum())} pieces are to go, the groups allow {int(sizes.sum())} to be cut. Need at "
-            "least one, and no more than allowed: see may_cut of the groups."
+            f"{what}: {int(plan.counts.sum())} pieces are to go, the groups allow {int(sizes.sum())} to be cut. "
+            "Need at least one, and no more than allowed: see may_cut of the groups."
         )
     already = torch.zeros_like(plan.counts).index_add_(0, plan.scope, plan.gone(space.cut).long())
     if bool((already > plan.counts).any()):
