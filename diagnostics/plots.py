@@ -9,8 +9,9 @@ from itertools import pairwise
 from typing import Any
 
 from torchgeom_optim._optional import optional_import
+from torchgeom_optim.diagnostics.checks import SHATTERED_INPUT_RANK
 from torchgeom_optim.diagnostics.history import History
-from torchgeom_optim.diagnostics.reading import SHATTERED_INPUT_RANK, verdicts
+from torchgeom_optim.diagnostics.reading import verdicts
 
 __all__ = ["dashboard"]
 
