@@ -39,6 +39,8 @@ class Diagnostics:
     numbers and running statistics included. What goes wrong while a loop runs is written into the record's notes, and
     the metrics concerned are nan; :meth:`measure` raises instead.
 
+    - *A step* is a call of the optimizer's, and is measured once: where a GradScaler skips one, the record is of the
+      batch that overflowed.
     - *The loss* is the criterion's, or, without a criterion, the one that the model returns. It must be a scalar, and
       the backward pass must go through it; what it is multiplied by on the way (loss scales, 1 / accumulation steps) is
       undone. Under gradient accumulation the first micro-batch of a step is measured.
@@ -272,8 +274,6 @@ class Diagnostics:
             self._due = False  # once a step
             self._arm()
             start = time.perf_counter()
-            if self._waiting is not None:  # a step that a GradScaler skipped
-                self._append(self._waiting)
             measurement = self._measured(observed)
             measurement.seconds = time.perf_counter() - start
             if self._optimizer is not None and (self._needs_step or self._needs_gradient):

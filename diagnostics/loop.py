@@ -5,6 +5,7 @@ Which batch went through the model, which loss came of it, and when the backward
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -89,6 +90,7 @@ class ObservedPass:
         loss_fn: computes the loss anew from the model's outputs and ``targets``; None if that cannot be told.
         targets: what the criterion got besides.
         num_losses: how often the criterion was called on this pass.
+        signature: of the model's forward.
     """
 
     args: tuple[Any, ...] = ()
@@ -98,11 +100,14 @@ class ObservedPass:
     loss_fn: CriterionCall | None = None
     targets: tuple[tuple[Any, ...], dict[str, Any]] | None = None
     num_losses: int = 0
+    signature: inspect.Signature | None = None
     outputs: list[weakref.ref[Tensor]] = field(default_factory=list)  # weakly: they hold the loop's graph
     is_queued: bool = False
 
     def batch(self) -> Batch:
-        """Inputs and targets."""
+        """Inputs and targets; arguments by position and by name become arguments by name."""
+        if self.args and self.kwargs and self.signature is not None:
+            return Batch(dict(self.signature.bind(*self.args, **self.kwargs).arguments), self.targets)
         return Batch.of_call(self.args, self.kwargs, self.targets)
 
 
@@ -124,6 +129,7 @@ class LoopWatch:
         self.wanted = False  # whether the next pass is to be measured
         self.counting = False  # whether to report the others too, without their batch
         self._criterion = criterion
+        self._signature = inspect.signature(innermost(model).forward)
         self._on_backward = weakref.WeakMethod(on_backward)
         self._pass: ObservedPass | None = None
         hook = _Hook(weakref.ref(self))
@@ -144,7 +150,7 @@ class LoopWatch:
         """A pass begins; an earlier one that no backward pass has reached is given up."""
         if not (self.wanted or self.counting) or not torch.is_grad_enabled():
             return
-        self._pass = ObservedPass(args, kwargs) if self.wanted else ObservedPass()
+        self._pass = ObservedPass(args, kwargs, signature=self._signature) if self.wanted else ObservedPass()
 
     def after_forward(self, outputs: Any) -> None:
         """The model has returned."""

@@ -178,6 +178,7 @@ class Measurement:
                 "a batch of one sample: agreement between gradients needs two samples at least; measure larger "
                 "batches, or only 'weight_norm' and the condition numbers."
             )
+        self.batch_size = len(result.weights)
         grams = self.layers.stacked(result.weights, result.parameters)
         if result.statistics == "batch":
             self.note("batch normalization: gradients are each sample's contribution to the batch gradient")

@@ -105,7 +105,8 @@ def test_one_number_for_each_matrix():
         lambda K: agreement.gradient_confusion(K, 2),
     ):
         assert_close(metric(K), torch.stack([metric(k) for k in K.reshape(6, 5, 5)]).reshape(2, 3))
-    ranks = [agreement.relative_gradient_rank(k, int(p)) for k, p in zip(K.reshape(6, 5, 5), sizes.reshape(-1))]
+    pairs = zip(K.reshape(6, 5, 5), sizes.reshape(-1).tolist(), strict=True)
+    ranks = [agreement.relative_gradient_rank(k, p) for k, p in pairs]
     assert_close(agreement.relative_gradient_rank(K, sizes), torch.stack(ranks).reshape(2, 3))
 
 
