@@ -18,9 +18,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["FLAT_SHARE", "spread_floor", "unit_scale"]
+__all__ = ["FLAT_SHARE", "relative_change", "spread_floor", "unit_scale"]
 
-# A unit with less than a tenth of its layer's spread (standard deviation) is treated as one with a tenth.
+# A unit with less than a tenth of its layer's spread (standard deviation), or change, is treated as one with a tenth.
 FLAT_SHARE = 0.01
 # And a layer without any, of weights that start at zero, as one that has a hundredth of its inputs' size.
 _STILL_SHARE = 1e-4
@@ -39,11 +39,8 @@ def spread_floor(spread_sq: Tensor, input_sq: Tensor | float) -> Tensor:
     return spread_sq.mean().mul_(FLAT_SHARE).add_(input_sq, alpha=_STILL_SHARE)
 
 
-def unit_scale(change_sq: Tensor, expected_change_sq: Tensor, spread_sq: Tensor) -> Tensor:
-    r"""c_j = sigma_j / sqrt(max(r_j^2, E[r_j^2])): how many times d_j a unit may go to move by its own spread.
-
-    A step rho c_j d_j moves y_j by rho sigma_j at most on the samples that r_j was measured on, and by less where the
-    present direction is shorter than usual.
+def relative_change(change_sq: Tensor, expected_change_sq: Tensor, spread_sq: Tensor) -> Tensor:
+    r"""q_j = max(r_j^2, E[r_j^2]) / sigma_j^2: how far a direction moves a unit, in units of its own spread, squared.
 
     Args:
         change_sq: r_j^2 of the present direction, [m].
@@ -51,11 +48,27 @@ def unit_scale(change_sq: Tensor, expected_change_sq: Tensor, spread_sq: Tensor)
         spread_sq: sigma_j^2, positive.
 
     Returns:
+        q, [m]. Elementwise: vectors of several layers may be joined.
+    """
+    return torch.maximum(change_sq, expected_change_sq).div_(spread_sq)
+
+
+def unit_scale(relative: Tensor, floor: Tensor) -> Tensor:
+    r"""c_j = 1 / sqrt(q_j + floor): how many times d_j a unit may go to move by its own spread.
+
+    A step rho c_j d_j moves y_j by less than rho sigma_j on the samples that r_j was measured on, by less where the
+    present direction is shorter than usual, and by less where a unit's gradients are far smaller than its layer's: such
+    a unit may have been silent on these samples alone.
+
+    Args:
+        relative: q_j, [m], not negative.
+        floor: 0.01 mean_j q_j over the layer, a scalar, or one number for each q.
+
+    Returns:
         c, [m], finite. Elementwise: vectors of several layers may be joined.
 
     Example:
-        >>> unit_scale(torch.tensor([4.0, 1.0]), torch.tensor([1.0, 4.0]), torch.tensor([1.0, 1.0]))
-        tensor([0.5000, 0.5000])
+        >>> unit_scale(torch.tensor([4.0, 1.0]), torch.tensor(0.0))
+        tensor([0.5000, 1.0000])
     """
-    tiny = torch.finfo(change_sq.dtype).tiny
-    return (spread_sq / torch.maximum(change_sq, expected_change_sq).clamp_(min=tiny)).sqrt_()
+    return (relative + floor).clamp_(min=torch.finfo(relative.dtype).tiny).rsqrt_()

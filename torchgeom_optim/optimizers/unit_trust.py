@@ -1,4 +1,4 @@
-"""The trust region per unit on a model's parameters: what is measured of each kind, and how they are scaled together."""
+"""The trust region per unit, on a model's parameters: what is measured of each kind, how they are scaled together."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torchgeom_optim.geometry.moments import at_least_float32
-from torchgeom_optim.geometry.unit_trust import spread_floor, unit_scale
+from torchgeom_optim.geometry.unit_trust import FLAT_SHARE, relative_change, spread_floor, unit_scale
 from torchgeom_optim.optimizers.distributed import is_sharded, local_part, part_like, whole, with_local
 from torchgeom_optim.optimizers.layers import AffineLayer
 
@@ -33,14 +33,14 @@ class TrustedBlock:
         parts: each parameter, and the axis of its direction along which the units lie; None scales it as a whole.
         change_sq: r_j^2 of the directions, [m].
         spread_sq: sigma_j^2, floored.
-        num_samples: that r_j was measured on; 0 for what is known without a measurement.
+        num_samples: that r_j was measured on in this process, maybe none; None for what is known without measuring.
     """
 
     owner: Tensor
     parts: list[tuple[Tensor, int | None]]
     change_sq: Tensor
     spread_sq: Tensor
-    num_samples: int = 0
+    num_samples: int | None = None
 
 
 def layer_block(
@@ -67,8 +67,10 @@ def layer_block(
     if (spread := layer.output_spread_sq()) is not None:
         state["spread_sq"] = spread + spread_floor(spread, input_sq)
     change_sq, num_samples = layer.measured_change(complete)
-    if change_sq is None:
-        change_sq = state.get("change_sq")
+    if change_sq is None and layer.is_called_elsewhere:
+        change_sq = torch.zeros_like(state["spread_sq"])  # and counts for nothing
+    elif change_sq is None:
+        change_sq, num_samples = state.get("change_sq"), None
     if change_sq is None or "spread_sq" not in state:
         return None
     return TrustedBlock(layer.weight, parts, change_sq, state["spread_sq"], num_samples)
@@ -147,8 +149,8 @@ def scale_blocks(
     for block in blocks:
         alike[block.change_sq.dtype, block.change_sq.device].append(block)
     for rows in alike.values():
-        measured = [row for row in rows if row.num_samples > 0]
-        means = mean_over_ranks([row.change_sq for row in measured], [row.num_samples for row in measured])
+        measured = [row for row in rows if row.num_samples is not None]
+        means = mean_over_ranks([row.change_sq for row in measured], [row.num_samples or 0 for row in measured])
         for row, mean in zip(measured, means, strict=True):
             row.change_sq = mean
         # The vectors of all blocks are joined, so that the number of operations hardly grows with that of the layers.
@@ -156,7 +158,13 @@ def scale_blocks(
         change_sq = torch.cat([row.change_sq for row in rows])
         past = torch.cat([_past(state_of(row.owner), row.change_sq) for row in rows])
         expected = past.lerp_(change_sq, 1 - decay)
-        scale = bound(unit_scale(change_sq, expected, torch.cat([row.spread_sq for row in rows])))
+        relative = relative_change(change_sq, expected, torch.cat([row.spread_sq for row in rows]))
+        floors = torch.stack([part.mean() for part in relative.split(sizes)]).mul_(FLAT_SHARE)
+        scale = bound(
+            unit_scale(
+                relative, floors.repeat_interleave(torch.tensor(sizes, device=floors.device), output_size=len(relative))
+            )
+        )
         for row, own, factor in zip(rows, expected.split(sizes), scale.split(sizes), strict=True):
             state_of(row.owner)["change_sq"] = own
             for parameter, axis in row.parts:
