@@ -5,10 +5,12 @@ if __name__ != "torchgeom_optim.models":
 
 from torchgeom_optim.models.compaction import Compaction, CompactionError, CompactionReport, ModelCost, compact
 from torchgeom_optim.models.gated import GatedNetwork
+from torchgeom_optim.models.gradient_kernel import GradientKernel
 from torchgeom_optim.models.gradnet import GradNet
 from torchgeom_optim.models.gradnet_cache import RecordCache
 from torchgeom_optim.models.gradnet_gates import UnsupportedBaseError
 from torchgeom_optim.models.gradnet_paper import CandidateNetwork
+from torchgeom_optim.models.rbm import BernoulliRBM, RBMGradientFeatures
 from torchgeom_optim.models.reduced_model import ReducedModel
 from torchgeom_optim.models.reduction import decompose, reduce_model
 from torchgeom_optim.models.reduction_decomposition import Decomposition
@@ -38,6 +40,7 @@ from torchgeom_optim.models.tangent import LinearisedNetwork
 
 __all__ = [
     "REFERENCE_NETWORKS",
+    "BernoulliRBM",
     "CandidateNetwork",
     "CharGPT",
     "Compaction",
@@ -47,9 +50,11 @@ __all__ = [
     "Decomposition",
     "GatedNetwork",
     "GradNet",
+    "GradientKernel",
     "LinearisedNetwork",
     "ModelCost",
     "PlainResNet",
+    "RBMGradientFeatures",
     "RecordCache",
     "ReducedModel",
     "ReductionReport",

@@ -15,7 +15,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize, prune
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.flop_counter import FlopCounterMode
 
 from torchgeom_optim.geometry.private_evaluation import private_evaluation
 from torchgeom_optim.models.channel_flow import ChannelFlow, Layer, is_depthwise
@@ -273,6 +272,8 @@ def _check_same(expected: Any, found: Any) -> None:
 def _costs(
     networks: tuple[nn.Module, nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any], rounds: int
 ) -> tuple[ModelCost, ModelCost]:
+    from torch.utils.flop_counter import FlopCounterMode  # brings more libraries along than an import of ours may
+
     first = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
     costs = []
     seconds: tuple[list[float], list[float]] = ([], [])
