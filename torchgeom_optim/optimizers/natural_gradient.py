@@ -385,9 +385,10 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
             sharing = part.layer.sharing() if part.layer.calls else part.past[0]["sharing"]
             part.new[0]["sharing"] = sharing
             return (units / part.layer.fan_in_scale(sharing) ** 2,)
-        if solution.sample_norms is not None:
-            return solution.sample_norms(kind)
         g, u, decay = part.gradient, solution.direction, part.group["norm_decay"]
+        if solution.sample_norms is not None:  # a mean over samples is never less than that of their mean gradient
+            both = zip(solution.sample_norms(kind), block_sums(g, u, kind), strict=True)
+            return tuple(torch.maximum(of_samples, of_batch) for of_samples, of_batch in both)
         start = 1 - decay if self._norm_start == "zero" else 1.0
         if kind == "weight" and decay > 0:
             weight = part.average_product(0, "norm_sq", g.weight, u.weight, decay, start)
