@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ Refusal = tuple[dict[str, Any], type[Exception], str]
 _SGD_REFUSALS: list[Refusal] = [
     *[({"lr": value}, ValueError, "lr=.*must be in") for value in (NAN, INF, -0.1, torch.tensor(NAN))],
     ({"lr": torch.ones(2)}, ValueError, "need one element"),
-    *[({"lr": value}, TypeError, "lr=.*need a number") for value in ("0.1", None, True, 1j)],
+    *[({"lr": value}, TypeError, "lr=.*need a number") for value in ("0.1", True, 1j)],
     *[({"momentum": value}, ValueError, "momentum=.*must be in") for value in (NAN, INF, -0.1)],
     ({"momentum": "0.9"}, TypeError, "momentum=.*need a number"),
     *[({"dampening": value}, ValueError, "dampening=.*must be in") for value in (NAN, INF, -INF)],
@@ -37,6 +38,8 @@ _WHITENING_REFUSALS: list[Refusal] = [
     *[({"damping": value}, ValueError, "damping=.*must be in") for value in (NAN, INF, -0.1)],
     ({"damping": None}, TypeError, "damping=.*need a number"),
     *[({"rule": value}, ValueError, "rule=.*must be one of") for value in ("adam", None, 3)],
+    *[({"trust_radius": value}, ValueError, "trust_radius=.*must be in") for value in (NAN, INF, -0.1)],
+    *[({"chain_length": value}, ValueError, "chain_length=.*whole number") for value in (0, -1, 1.5)],
 ]
 _WHITENING_ONCE: list[Refusal] = [  # not hyper-parameters of a group
     *[({"loss_reduction": value}, ValueError, "loss_reduction=.*must be") for value in ("none", None)],
@@ -44,7 +47,8 @@ _WHITENING_ONCE: list[Refusal] = [  # not hyper-parameters of a group
 ]
 
 _NATURAL_REFUSALS: list[Refusal] = [
-    *[refusal for refusal in _WHITENING_REFUSALS if "rule" not in refusal[0]],  # which is a key of groups alone
+    ({"lr": None}, TypeError, "lr=.*need a number"),
+    *[refusal for refusal in _WHITENING_REFUSALS if not {"rule", "trust_radius", "chain_length"} & set(refusal[0])],
     *[({"eps": value}, ValueError, "eps=.*must be in") for value in (NAN, INF, -0.1)],
     *[({"norm_decay": value}, ValueError, "norm_decay=.*must be in") for value in (NAN, INF, -0.1, 1.0)],
 ]
@@ -55,6 +59,7 @@ _NATURAL_ONCE: list[Refusal] = [
     ({"block": "weight"}, ValueError, "couples the parameters of one layer"),
     ({"inverse_interval": NAN}, TypeError, "inverse_interval=.*whole number"),
 ]
+whitening_without_bound = partial(WhiteningSGD, rule="whitening")
 _FLAGS = ("whitens", "has_statistics", "sees_output_grads", "is_linear")
 
 
@@ -114,8 +119,11 @@ def _natural(name: str, metric: str, block: str, **settings: Any) -> OptimizerCa
 
 
 OPTIMIZER_CASES = [
-    _whitening("whitening", lr=0.02),
-    _whitening("whitening_momentum", lr=0.02, momentum=0.9, nesterov=True, weight_decay=1e-3),
+    _whitening("trust_region", trust_radius=0.1, is_linear=False),
+    _whitening("trust_region_lr", lr=1.0, trust_radius=0.1, momentum=0.9, weight_decay=1e-3, is_linear=False),
+    _whitening("whitening", rule="whitening", lr=0.02),
+    _whitening("paper", rule="paper", lr=0.02),
+    _whitening("whitening_momentum", rule="whitening", lr=0.02, momentum=0.9, nesterov=True, weight_decay=1e-3),
     _whitening(
         "second_order",
         lr=0.001,

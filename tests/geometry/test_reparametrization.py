@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from tests.cases import whitening_without_bound
 from tests.oracles import tolerance
 from torchgeom_optim.geometry.moments import Moments, channel_moments, running_moments
 from torchgeom_optim.geometry.reparametrization import fan_in_scale, guarded_second_moment, reparametrized_gradient
-from torchgeom_optim.optimizers import WhiteningSGD
 
 SEEDS = st.integers(0, 10_000)
 
@@ -90,7 +90,7 @@ def test_the_direction_is_the_chain_rule_of_the_change_of_coordinates(seed, by_u
 def function_step(layer: nn.Linear, x: Tensor, target: Tensor, **settings: float) -> Tensor:
     """How the outputs change in one step."""
     before = layer(x).detach()
-    optimizer = WhiteningSGD(layer, 0.1, **settings)
+    optimizer = whitening_without_bound(layer, 0.1, **settings)
     (layer(x) - target).square().sum().div(len(x)).backward()
     optimizer.step()
     return layer(x).detach() - before
@@ -132,7 +132,7 @@ def test_rescaling_and_shifting_each_input_too_without_damping(seed):
 
 def test_a_batch_of_one_takes_a_step_of_ordinary_size():
     layer = nn.Linear(20, 3)
-    optimizer = WhiteningSGD(layer, 0.1)
+    optimizer = whitening_without_bound(layer, 0.1)
     for _ in range(3):
         optimizer.zero_grad()
         layer(torch.randn(1, 20)).sub(1).square().mean().backward()
@@ -146,7 +146,7 @@ def test_a_batch_of_one_takes_a_step_of_ordinary_size():
 @pytest.mark.parametrize("constant", ["one input", "all inputs"])
 def test_inputs_without_variance_give_finite_steps(constant, bias, damping, value):
     layer = nn.Linear(4, 3, bias=bias)
-    optimizer = WhiteningSGD(layer, 0.1, damping=damping)
+    optimizer = whitening_without_bound(layer, 0.1, damping=damping)
     for _ in range(3):
         x = torch.randn(8, 4)
         x[:, 0 if constant == "one input" else slice(None)] = value

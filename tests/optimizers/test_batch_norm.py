@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.cases import mean_loss, train
+from tests.cases import mean_loss, train, whitening_without_bound
 from tests.oracles import tolerance
-from torchgeom_optim.optimizers import WhiteningSGD, fold_batch_norm
+from torchgeom_optim.optimizers import fold_batch_norm
 
 
 def with_statistics(model: nn.Module) -> nn.Module:
@@ -152,7 +152,7 @@ def test_refusals_name_the_norm_and_change_nothing(name):
     assert [type(module) for module in model.modules()] == kinds
     torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
 
-    optimizer = WhiteningSGD(model, 0.1, rule="sgd")
+    optimizer = whitening_without_bound(model, 0.1, rule="sgd")
     with pytest.raises(ValueError, match=message):
         optimizer.fold_batch_norm(lr=0.5)
     assert (optimizer.param_groups[0]["rule"], optimizer.param_groups[0]["lr"]) == ("sgd", 0.1)
@@ -183,7 +183,7 @@ def batches(number: int) -> list[Tensor]:
 def test_training_goes_on_with_whitening(named):
     model = network()
     parameters = model.named_parameters() if named else model.parameters()
-    optimizer = WhiteningSGD(parameters, 0.02, momentum=0.9, model=model, rule="sgd")
+    optimizer = whitening_without_bound(parameters, 0.02, momentum=0.9, model=model, rule="sgd")
     first = train(model, optimizer, batches(5))
     kept = optimizer.state[model[7].weight]["momentum_buffer"].clone()
     model.eval()
@@ -209,7 +209,7 @@ def test_training_goes_on_with_whitening(named):
     assert losses[-1] < first[0]
 
     fresh = network()  # a checkpoint fits a network that was folded alike
-    other = WhiteningSGD(fresh, 0.02, momentum=0.9, rule="sgd")
+    other = whitening_without_bound(fresh, 0.02, momentum=0.9, rule="sgd")
     other.fold_batch_norm()
     fresh.load_state_dict(model.state_dict())
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
@@ -221,7 +221,7 @@ def test_groups_keep_what_is_their_own():
     model = network()
     norms = [p for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) for p in m.parameters()]
     others = [p for p in model.parameters() if not any(p is q for q in norms)]
-    optimizer = WhiteningSGD(
+    optimizer = whitening_without_bound(
         [{"params": norms, "weight_decay": 0.0}, {"params": others, "lr": 0.3}], 0.02, model=model, rule="sgd"
     )
     optimizer.fold_batch_norm(rule="fan_in")
@@ -234,7 +234,7 @@ def test_groups_keep_what_is_their_own():
 def test_layers_that_are_not_trained_may_be_folded():
     model = network()
     model[:6].requires_grad_(False)
-    optimizer = WhiteningSGD(model[7].parameters(), 0.02, model=model, rule="sgd")
+    optimizer = whitening_without_bound(model[7].parameters(), 0.02, model=model, rule="sgd")
     assert len(optimizer.fold_batch_norm()) == 2
     assert len(optimizer.param_groups[0]["params"]) == 2
     train(model, optimizer, batches(2))
@@ -243,8 +243,8 @@ def test_layers_that_are_not_trained_may_be_folded():
 def test_bad_calls_change_nothing():
     model = network()
     with pytest.raises(RuntimeError, match="without a model"):
-        WhiteningSGD(model.parameters(), 0.1).fold_batch_norm()
-    optimizer = WhiteningSGD(model, 0.1, rule="sgd")
+        whitening_without_bound(model.parameters(), 0.1).fold_batch_norm()
+    optimizer = whitening_without_bound(model, 0.1, rule="sgd")
     for settings in ({"lr": float("nan")}, {"rule": "adam"}):
         with pytest.raises(ValueError, match="must be"):
             optimizer.fold_batch_norm(**settings)

@@ -18,6 +18,7 @@ from tests.cases import (
     small_batches,
     small_net,
     train,
+    whitening_without_bound,
 )
 from tests.optimizers.oracles_whitening import Reference
 from tests.oracles import tolerance
@@ -79,7 +80,7 @@ def test_the_report_says_why():
             self.unbiased = nn.Conv2d(4, 4, 3, bias=False)
 
     model = Everything()
-    found = rules(WhiteningSGD(model))
+    found = rules(whitening_without_bound(model))
     assert found["encoder.self_attn.in_proj_weight"] == ("sgd", "held by MultiheadAttention, which has no rule")
     assert found["encoder.self_attn.out_proj.weight"][0] == "sgd"
     assert "MultiheadAttention" in found["encoder.self_attn.out_proj.bias"][1]
@@ -118,7 +119,7 @@ def test_tied_linear_layers_pool_their_inputs():
     two.load_state_dict(one.state_dict(), strict=False)
     batches = [torch.randn(8, 4, dtype=torch.float64) for _ in range(4)]
     for model in (one, two):
-        train(model, WhiteningSGD(model, 0.1, momentum=0.9), batches)
+        train(model, whitening_without_bound(model, 0.1, momentum=0.9), batches)
     torch.testing.assert_close(two.first.weight, one.first.weight, **tolerance())
 
 
@@ -127,7 +128,7 @@ def test_biases_of_a_shared_weight_are_scaled_and_the_inputs_not_centred(rule):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).double()
     model[2].weight = model[0].weight
-    optimizer = WhiteningSGD(model, 0.1, rule=rule)
+    optimizer = whitening_without_bound(model, 0.1, rule=rule)
     before = copy.deepcopy(model)
     mean_loss(model(torch.randn(8, 4, dtype=torch.float64) + 2)).backward()
     optimizer.step()
@@ -153,7 +154,7 @@ def test_an_embedding_that_is_the_decoder_too_falls_back_to_sgd_and_says_so():
             return self.decoder(torch.tanh(self.mix(self.embedding(tokens))))
 
     model = Language()
-    optimizer = WhiteningSGD(model, 0.1)
+    optimizer = whitening_without_bound(model, 0.1)
     assert rules(optimizer)["embedding.weight"] == ("sgd", "shared by layers of different types")
     assert rules(optimizer)["decoder.bias"][0] == "sgd"
     assert rules(optimizer)["mix.weight"][0] == "whitening"
@@ -173,7 +174,7 @@ def test_a_weight_that_a_module_without_rule_owns_too_falls_back_to_sgd():
             return x @ self.weight.T
 
     embedding = nn.Embedding(6, 4)
-    assert rules(WhiteningSGD(nn.Sequential(embedding, Decoder(embedding.weight))))["0.weight"][0] == "sgd"
+    assert rules(whitening_without_bound(nn.Sequential(embedding, Decoder(embedding.weight))))["0.weight"][0] == "sgd"
 
 
 # -- parts of a layer --------------------------------------------------------------------------------------------
@@ -188,7 +189,7 @@ def test_a_frozen_part_of_a_layer(part, rule):
         getattr(model.head, part).requires_grad_(False)
         getattr(model.conv, part).requires_grad_(False)
     settings = {"lr": 0.01, "momentum": 0.9, "rule": rule}
-    optimizer, reference = WhiteningSGD(models[0], **settings), Reference(models[1], **settings)
+    optimizer, reference = whitening_without_bound(models[0], **settings), Reference(models[1], **settings)
     for x in small_batches(5, dtype=torch.float64):
         for model, opt in zip(models, (optimizer, reference), strict=True):
             model.zero_grad()
@@ -202,7 +203,7 @@ def test_a_frozen_part_of_a_layer(part, rule):
 def test_a_bias_that_is_frozen_for_a_while():
     models = [nn.Linear(4, 3).double()]
     models.append(copy.deepcopy(models[0]))
-    optimizer, reference = WhiteningSGD(models[0], 0.05), Reference(models[1], 0.05)
+    optimizer, reference = whitening_without_bound(models[0], 0.05), Reference(models[1], 0.05)
     for step in range(9):
         x = torch.randn(16, 4, dtype=torch.float64) + 2
         for model, opt in zip(models, (optimizer, reference), strict=True):
@@ -216,13 +217,13 @@ def test_a_bias_that_is_frozen_for_a_while():
 def test_a_layer_that_is_thawed_mid_training_starts_with_the_statistics_of_then():
     model = small_net(dtype=torch.float64)
     model.hidden.requires_grad_(False)
-    optimizer = WhiteningSGD(model, 0.01, momentum=0.9)
+    optimizer = whitening_without_bound(model, 0.01, momentum=0.9)
     batches = small_batches(4, dtype=torch.float64)
     train(model, optimizer, batches[:2])
     fresh = copy.deepcopy(model)
     for net in (model, fresh):
         net.hidden.requires_grad_(True)
-    other = WhiteningSGD(fresh, 0.01, momentum=0.9)
+    other = whitening_without_bound(fresh, 0.01, momentum=0.9)
     train(model, optimizer, batches[2:3])
     train(fresh, other, batches[2:3])
     torch.testing.assert_close(model.hidden.weight, fresh.hidden.weight, **tolerance())
@@ -236,7 +237,7 @@ def test_a_bias_goes_as_its_weight_goes(weight_rule):
     groups = [{"params": [ours.bias]}]
     if weight_rule == "sgd":
         groups.append({"params": [ours.weight], "rule": "sgd"})
-    optimizer = WhiteningSGD(groups, 0.1, model=ours)
+    optimizer = whitening_without_bound(groups, 0.1, model=ours)
     sgd = torch.optim.SGD(theirs.parameters() if weight_rule == "sgd" else [theirs.bias], 0.1)
     batches = [torch.randn(8, 4, dtype=torch.float64) + 2 for _ in range(2)]
     train(ours, optimizer, batches)
@@ -251,8 +252,12 @@ def test_a_bias_outside_of_the_rule_leaves_the_inputs_uncentred():
     theirs.bias.requires_grad_(False)
     (x,) = [torch.randn(8, 4, dtype=torch.float64) + 2]
     before = ours.bias.detach().clone()
-    train(ours, WhiteningSGD([{"params": [ours.weight]}, {"params": [ours.bias], "rule": "sgd"}], 0.1, model=ours), [x])
-    train(theirs, WhiteningSGD(theirs, 0.1), [x])
+    train(
+        ours,
+        whitening_without_bound([{"params": [ours.weight]}, {"params": [ours.bias], "rule": "sgd"}], 0.1, model=ours),
+        [x],
+    )
+    train(theirs, whitening_without_bound(theirs, 0.1), [x])
     torch.testing.assert_close(ours.weight, theirs.weight, rtol=0, atol=0)
     torch.testing.assert_close(ours.bias, before - 0.1 * ours.bias.grad, rtol=0, atol=0)
 
@@ -268,7 +273,7 @@ def test_a_bias_outside_of_the_rule_leaves_the_inputs_uncentred():
 def test_a_sample_without_batch_axis_is_a_batch_of_one(layer, shape):
     one, two, x = layer.double(), copy.deepcopy(layer).double(), torch.randn(shape, dtype=torch.float64)
     for model, batch in ((one, x), (two, x[None])):
-        optimizer = WhiteningSGD(model, 0.1, rule="whitening_second_order")
+        optimizer = whitening_without_bound(model, 0.1, rule="whitening_second_order")
         model(batch).relu_().square().sum().backward()
         optimizer.step()
     assert_same_parameters(one, two, **tolerance(condition=1e2))
@@ -281,7 +286,7 @@ def test_an_empty_call_counts_for_nothing(build, rule):
     two = copy.deepcopy(one)
     x = torch.randn(6, *([4] if isinstance(one, nn.Linear) else [4, 3, 3]), dtype=torch.float64)
     for model in (one, two):
-        optimizer = WhiteningSGD(model, 0.1, rule=rule)
+        optimizer = whitening_without_bound(model, 0.1, rule=rule)
         for _ in range(2):
             optimizer.zero_grad()
             if model is two:
@@ -304,5 +309,5 @@ def test_inputs_that_are_all_zero_give_finite_steps(rule, bias):
     if bias and rule == "whitening_second_order":
         nn.init.constant_(model[0].bias, -1.0)  # all units dead
         nn.init.constant_(model[2].bias, 1.0)  # at the minimum of the loss
-    train(model, WhiteningSGD(model, 0.1, rule=rule), [torch.zeros(5, 4)])
+    train(model, whitening_without_bound(model, 0.1, rule=rule), [torch.zeros(5, 4)])
     assert all(torch.isfinite(p).all() for p in model.parameters())

@@ -11,11 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.cases import assert_same_parameters, mean_loss, small_batches, small_net, tensors_of, train
+from tests.cases import (
+    assert_same_parameters,
+    mean_loss,
+    small_batches,
+    small_net,
+    tensors_of,
+    train,
+    whitening_without_bound,
+)
 from tests.oracles import tolerance
 from torchgeom_optim.geometry.metric import NotPositiveDefiniteError
 from torchgeom_optim.optimizers.natural_gradient import BlockNaturalGradient
-from torchgeom_optim.optimizers.whitening import WhiteningSGD
 
 F64 = torch.float64
 
@@ -71,7 +78,7 @@ def test_units_with_the_expectation_of_section_3_5_are_those_of_whitening_sgd(ru
             ours, 0.05, "whitening", "unit", expectation="fan_in", decay=0.9, momentum=momentum
         )
     train(ours, optimizer, batches(10))
-    train(theirs, WhiteningSGD(theirs, 0.05, momentum, rule=rule, decay=0.9), batches(10))
+    train(theirs, whitening_without_bound(theirs, 0.05, momentum, rule=rule, decay=0.9), batches(10))
     assert_same_parameters(ours, theirs, **tolerance(condition=1e4))
 
 

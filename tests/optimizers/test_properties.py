@@ -10,14 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from tests.cases import whitening_without_bound
 from tests.oracles import tolerance
-from torchgeom_optim import WhiteningSGD
 
 SHAPES = st.tuples(st.integers(1, 6), st.integers(1, 5), st.integers(6, 20), st.integers(0, 2**16))
 
 
 def train(layer: nn.Module, inputs: list[Tensor], targets: list[Tensor], **settings) -> nn.Module:
-    optimizer = WhiteningSGD(layer, **settings)
+    optimizer = whitening_without_bound(layer, **settings)
     for x, y in zip(inputs, targets, strict=True):
         optimizer.zero_grad()
         (layer(x) - y).square().sum(1).mean().backward()
@@ -83,7 +83,7 @@ def test_a_rule_that_is_changed_by_hand_is_followed_and_reported(rule):
     model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)).double()
     other = copy.deepcopy(model)
     x = torch.randn(8, 4, dtype=torch.float64)
-    changed, fresh = WhiteningSGD(model, 0.1), WhiteningSGD(other, 0.1, rule=rule)
+    changed, fresh = whitening_without_bound(model, 0.1), whitening_without_bound(other, 0.1, rule=rule)
     changed.param_groups[0]["rule"] = rule
     for step in range(3):
         one_step(model, changed, x + step)
@@ -95,7 +95,7 @@ def test_a_rule_that_is_changed_by_hand_is_followed_and_reported(rule):
 
 def test_a_rule_that_does_not_exist_is_refused_at_the_next_step():
     model = nn.Linear(4, 3)
-    optimizer = WhiteningSGD(model, 0.1)
+    optimizer = whitening_without_bound(model, 0.1)
     one_step(model, optimizer, torch.randn(5, 4))
     before = copy.deepcopy(model.state_dict())
     model(torch.randn(5, 4)).sum().backward()
@@ -110,7 +110,7 @@ def test_a_rule_that_does_not_exist_is_refused_at_the_next_step():
 def test_calls_of_a_step_that_was_skipped_are_forgotten(set_to_none, num_passes):
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).double()
     other = copy.deepcopy(model)
-    optimizer, reference = WhiteningSGD(model, 0.1), WhiteningSGD(other, 0.1)
+    optimizer, reference = whitening_without_bound(model, 0.1), whitening_without_bound(other, 0.1)
     x = torch.randn(8, 4, dtype=torch.float64)
     for batch in (x, x + 1):
         for part, one in ((model, optimizer), (other, reference)):
@@ -126,7 +126,7 @@ def test_calls_of_a_step_that_was_skipped_are_forgotten(set_to_none, num_passes)
 
 def test_a_shallow_copy_of_a_layer_can_be_called():
     model = nn.Sequential(nn.Linear(4, 3))
-    optimizer = WhiteningSGD(model, 0.1)
+    optimizer = whitening_without_bound(model, 0.1)
     copied = copy.copy(model[0])
     copied(torch.randn(5, 4)).sum().backward()
     with pytest.raises(RuntimeError, match="no pass with gradients went through it"):

@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from tests.cases import assert_same_parameters, mean_loss, small_batches, small_net, train
+from tests.cases import assert_same_parameters, mean_loss, small_batches, small_net, train, whitening_without_bound
 from tests.optimizers.oracles_whitening import Averages, StoredV, fan_in, observations
 from tests.oracles import tolerance
-from torchgeom_optim.optimizers import WhiteningSGD
 
 SETTINGS = [
     {},
@@ -30,7 +29,7 @@ def test_bare_parameters_are_stepped_as_sgd_steps_them(settings, foreach, lr):
     shapes_and_types = itertools.product([(), (3,), (2, 3)], [torch.float32, torch.bfloat16, torch.complex64])
     ours = [nn.Parameter(torch.randn(shape).to(dtype)) for shape, dtype in shapes_and_types]
     theirs = [nn.Parameter(p.detach().clone()) for p in ours]
-    optimizer = WhiteningSGD(ours, lr, foreach=foreach, **settings)
+    optimizer = whitening_without_bound(ours, lr, foreach=foreach, **settings)
     sgd = torch.optim.SGD(theirs, lr, foreach=foreach, **settings)
     for step in range(4):
         for number, (p, q) in enumerate(zip(ours, theirs, strict=True)):
@@ -46,7 +45,10 @@ def test_bare_parameters_are_stepped_as_sgd_steps_them(settings, foreach, lr):
 def test_sparse_gradients(settings):
     ours, tokens = nn.Embedding(6, 3, sparse=True), torch.tensor([1, 4, 4])
     theirs = copy.deepcopy(ours)
-    optimizer, sgd = WhiteningSGD(ours, 0.1, **settings), torch.optim.SGD(theirs.parameters(), 0.1, **settings)
+    optimizer, sgd = (
+        whitening_without_bound(ours, 0.1, **settings),
+        torch.optim.SGD(theirs.parameters(), 0.1, **settings),
+    )
     for model, opt in ((ours, optimizer), (theirs, sgd)):
         for _ in range(3):
             opt.zero_grad()
@@ -61,11 +63,13 @@ def test_sparse_gradients(settings):
 def test_models_too(settings, way_in):
     ours, theirs, batches = small_net(), small_net(), small_batches(5)
     if way_in == "rule":
-        optimizer = WhiteningSGD(ours, 0.02, rule="sgd", **settings)
+        optimizer = whitening_without_bound(ours, 0.02, rule="sgd", **settings)
     elif way_in == "no model":
-        optimizer = WhiteningSGD(ours.parameters(), 0.02, **settings)
+        optimizer = whitening_without_bound(ours.parameters(), 0.02, **settings)
     else:
-        optimizer = WhiteningSGD([{"params": ours.parameters(), "rule": "sgd"}], 0.02, model=ours, **settings)
+        optimizer = whitening_without_bound(
+            [{"params": ours.parameters(), "rule": "sgd"}], 0.02, model=ours, **settings
+        )
     train(ours, optimizer, batches)
     train(theirs, torch.optim.SGD(theirs.parameters(), 0.02, **settings), batches)
     assert_same_parameters(ours, theirs)
@@ -78,7 +82,7 @@ def test_a_checkpoint_of_sgd_goes_on_as_sgd_where_sgd_is_meant():
         sgd = torch.optim.SGD(theirs.parameters(), 0.02, momentum=0.9)
         train(theirs, sgd, batches[:3])
         ours.load_state_dict(theirs.state_dict())
-        optimizer = WhiteningSGD(ours if settings else ours.parameters(), 0.02, momentum=0.9, **settings)
+        optimizer = whitening_without_bound(ours if settings else ours.parameters(), 0.02, momentum=0.9, **settings)
         optimizer.load_state_dict(copy.deepcopy(sgd.state_dict()))
         train(ours, optimizer, batches[3:])
         train(theirs, sgd, batches[3:])
@@ -90,7 +94,7 @@ def test_momentum_of_parameters_without_a_layer_goes_on():
     sgd = torch.optim.SGD(theirs.parameters(), 0.02, momentum=0.9)
     train(theirs, sgd, [first])
     ours.load_state_dict(theirs.state_dict())
-    optimizer = WhiteningSGD(ours, 0.02, momentum=0.9)
+    optimizer = whitening_without_bound(ours, 0.02, momentum=0.9)
     optimizer.load_state_dict(copy.deepcopy(sgd.state_dict()))
     train(ours, optimizer, [second])
     train(theirs, sgd, [second])
@@ -109,7 +113,7 @@ def test_momentum_of_a_checkpoint_of_sgd_is_put_into_our_coordinates(bias):
         mean_loss(theirs(x[0]) - k).backward()
         sgd.step()
     ours = copy.deepcopy(theirs)
-    optimizer = WhiteningSGD(ours, 0.05, momentum=0.9)
+    optimizer = whitening_without_bound(ours, 0.05, momentum=0.9)
     optimizer.load_state_dict(copy.deepcopy(sgd.state_dict()))
     assert optimizer.param_groups[0]["lr"] == 0.05
 
@@ -144,7 +148,7 @@ def test_hyper_parameters_stay_as_constructed_when_a_run_of_sgd_goes_on():
     scheduler = torch.optim.lr_scheduler.StepLR(sgd, 1)
     train(theirs, sgd, batches)
     scheduler.step()
-    optimizer = WhiteningSGD(ours, 0.02, momentum=0.9)
+    optimizer = whitening_without_bound(ours, 0.02, momentum=0.9)
     constructed = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
     optimizer.load_state_dict(sgd.state_dict())
     torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1.0)  # takes lr for its initial one
@@ -157,7 +161,7 @@ def test_a_checkpoint_of_sgd_for_another_model_is_refused():
     sgd = torch.optim.SGD(theirs.parameters(), 0.1, momentum=0.9)
     theirs(torch.randn(3, 5)).sum().backward()
     sgd.step()
-    optimizer = WhiteningSGD(nn.Linear(4, 5), 0.1, momentum=0.9)
+    optimizer = whitening_without_bound(nn.Linear(4, 5), 0.1, momentum=0.9)
     with pytest.raises(ValueError, match=r"momentum.*shape \(4, 5\).*another model"):
         optimizer.load_state_dict(sgd.state_dict())
     assert not optimizer.state

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.cases import whitening_without_bound
 from tests.optimizers.oracles_whitening import (
     Averages,
     Reference,
@@ -19,7 +20,6 @@ from tests.optimizers.oracles_whitening import (
     sharing,
 )
 from tests.oracles import tolerance
-from torchgeom_optim.optimizers import WhiteningSGD
 
 RULES = ["whitening", "whitening_second_order", "fan_in"]
 LEARNING_RATE = {"whitening": 0.1, "whitening_second_order": 0.02, "fan_in": 0.1}
@@ -73,7 +73,7 @@ def stored_v_against_whitening(name: str, rule: str, fault: str = "", steps: int
     ours = build().double()
     theirs = copy.deepcopy(ours)
     lr = LEARNING_RATE[rule]
-    optimizer = WhiteningSGD(ours, lr, rule=rule, decay=0.8, weight_decay=0.01)
+    optimizer = whitening_without_bound(ours, lr, rule=rule, decay=0.8, weight_decay=0.01)
     averages = Averages(decay=0.8, fault=fault)
     generator = torch.Generator().manual_seed(1)
     for _ in range(steps):
@@ -141,7 +141,7 @@ def test_momentum_is_that_of_sgd_on_a_stored_v_while_the_constants_stay(name, se
     generator = torch.Generator().manual_seed(1)
     x = draw(shape, generator, ours)  # the same inputs at every step: mean and variance stay
     targets = [torch.randn(ours(x).shape, generator=generator, dtype=torch.float64) for _ in range(20)]
-    optimizer = WhiteningSGD(ours, 0.02, rule=rule, **settings)
+    optimizer = whitening_without_bound(ours, 0.02, rule=rule, **settings)
     y, g = per_sample_output_gradients(theirs, x, targets[0])
     constants = Averages().constants(
         rule, observations(theirs, x), g, fan_in(theirs), sharing(theirs, y), centred=theirs.bias is not None
@@ -199,7 +199,7 @@ def side_by_side(
     torch.manual_seed(0)
     ours = build().double().train(training)
     theirs = copy.deepcopy(ours)
-    optimizer = WhiteningSGD(ours, **settings)
+    optimizer = whitening_without_bound(ours, **settings)
     reference = Reference(theirs, fault=fault, **settings)
     generator = torch.Generator().manual_seed(1)
     for step in range(steps):
@@ -215,7 +215,7 @@ def side_by_side(
             file = io.BytesIO()
             torch.save(optimizer.state_dict(), file)
             file.seek(0)
-            optimizer = WhiteningSGD(ours, lr=123.0)
+            optimizer = whitening_without_bound(ours, lr=123.0)
             optimizer.load_state_dict(torch.load(file, weights_only=True))
     return ours, theirs
 

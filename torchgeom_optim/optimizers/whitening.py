@@ -37,6 +37,7 @@ __all__ = ["Rule", "WhiteningSGD"]
 Rule = Literal["trust_region", "whitening", "paper", "whitening_second_order", "fan_in", "sgd"]
 _WHITENED = ("trust_region", "whitening", "paper", "whitening_second_order")
 _LR = 0.1  # of rules that need one
+_SHORT_CHAIN = 4  # where fewer layers share the radius, it is the noise that bounds a step
 _MAX_CONSTANTS = 32
 
 
@@ -319,7 +320,7 @@ class WhiteningSGD(LayerwiseOptimizer):
                 continue
             if group["chain_length"] is None:
                 device = group["params"][0].device
-                group["chain_length"] = self._ranks.largest(self._chain.length, device)
+                group["chain_length"] = int(self._ranks.largest(self._chain.length, device))
             stepped = [p for p in group["params"] if _can_be_scaled(p)]
             for p in stepped:
                 if id(p) not in directions:
@@ -483,7 +484,7 @@ def _can_be_scaled(parameter: Tensor) -> bool:
 
 def _bounded(group: Mapping[str, Any], scale: Tensor) -> Tensor:
     """From c_j to the factor of a direction: min(1, kappa c_j) with kappa = rho / lr_0, or c_j where lr is rho."""
-    length, reference_lr = group["chain_length"], group["reference_lr"]
+    length, reference_lr = max(group["chain_length"], _SHORT_CHAIN), group["reference_lr"]
     if reference_lr is None:
         return scale.div_(length)
     return (scale * (group["trust_radius"] / (length * reference_lr))).clamp_(max=1.0)
