@@ -150,8 +150,8 @@ class Diagnostics:
         self._watch = LoopWatch(watched, self.criterion, self._after_backward)
         self._watch.counting = optimizer is None
         if self._needs_gram and not compiled and not self._freeze:
-            per_parameter = bool(self._layers.names)
-            self._recorder = GramRecorder(self._model, reduction=self._reduction, per_parameter=per_parameter)
+            per_layer = bool(self._layers.names)
+            self._recorder = GramRecorder(self._model, reduction=self._reduction, per_layer=per_layer)
         self._next_due = bool(self.schedule(self.step))
         self._advance(0)
         return self
@@ -411,7 +411,7 @@ class Diagnostics:
             batch.inputs,
             batch.targets,
             reduction=self._reduction,
-            per_parameter=bool(self._layers.names),
+            per_layer=bool(self._layers.names),
             freeze_statistics=self._freeze,
         )
 

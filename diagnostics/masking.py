@@ -8,12 +8,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["RandomMask", "layer_of"]
+from torchgeom_optim.geometry.gram_accumulator import layer_of
 
-
-def layer_of(parameter: str) -> str:
-    """The layer that a parameter belongs to: its name without the last part; a bare parameter is its own layer."""
-    return parameter.rpartition(".")[0] or parameter
+__all__ = ["RandomMask"]
 
 
 class RandomMask:

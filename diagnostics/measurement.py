@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from torchgeom_optim.diagnostics import agreement, conditioning, scales, weight_gradients
 from torchgeom_optim.diagnostics.batch_gradient import BatchGradient
-from torchgeom_optim.diagnostics.masking import RandomMask, layer_of
+from torchgeom_optim.diagnostics.masking import RandomMask
 from torchgeom_optim.diagnostics.metrics import METRICS
 from torchgeom_optim.diagnostics.spectrum import SPECTRUM_VALUES, batch_spectra
 from torchgeom_optim.geometry.fisher import FisherVariant
-from torchgeom_optim.geometry.gram_accumulator import GramResult
+from torchgeom_optim.geometry.gram_accumulator import GramResult, layer_of
 
 __all__ = ["Layers", "Measurement", "Options"]
 
@@ -105,19 +105,12 @@ class Layers:
             self.members[row, layers[name]] = 1
         numels = [p.numel() for p in self.parameters.values()]
         self.sizes = [sum(numels), *(sum(numels[k] for k in layers[name]) for name in self.names)]
-        self.groups = [list(layers[name]) for name in self.names]
 
-    def stacked(self, total: Tensor, parts: Mapping[str, Tensor] | None) -> Tensor:
+    def stacked(self, total: Tensor, layers: Mapping[str, Tensor] | None) -> Tensor:
         """One Gram matrix for each group: [G, b, b]."""
-        if not self.names or parts is None:
+        if not self.names or layers is None:
             return total.unsqueeze(0)
-        own = list(self.parameters)
-        result = total.new_zeros(1 + len(self.names), *total.shape)
-        result[0] = total
-        for row, indices in enumerate(self.groups, start=1):
-            for k in indices:
-                result[row] += parts[own[k]].to(result)
-        return result
+        return torch.stack([total, *(layers[name].to(total) for name in self.names)])
 
 
 @dataclass
@@ -179,7 +172,7 @@ class Measurement:
                 "batches, or only 'weight_norm' and the condition numbers."
             )
         self.batch_size = len(result.weights)
-        grams = self.layers.stacked(result.weights, result.parameters)
+        grams = self.layers.stacked(result.weights, result.layers)
         if result.statistics == "batch":
             self.note("batch normalization: gradients are each sample's contribution to the batch gradient")
         self.put("gradient_confusion", agreement.gradient_confusion(grams, self.options.groups))

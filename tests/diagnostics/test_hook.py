@@ -19,7 +19,7 @@ from tests import oracles
 from tests.zoo import ZOO
 from torchgeom_optim.diagnostics import METRICS, Diagnostics, History, LogSpaced, Options
 from torchgeom_optim.diagnostics.agreement import gaussian_effective_rank
-from torchgeom_optim.diagnostics.masking import layer_of
+from torchgeom_optim.geometry.gram_accumulator import layer_of
 
 EVERYTHING = ["full", "spectrum"]
 

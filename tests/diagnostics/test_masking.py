@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from torchgeom_optim.diagnostics import agreement
-from torchgeom_optim.diagnostics.masking import RandomMask, layer_of
+from torchgeom_optim.diagnostics.masking import RandomMask
 
 SHAPES = {"a.weight": torch.Size([40, 50]), "a.bias": torch.Size([40]), "b.scale": torch.Size([3]), "c": torch.Size([])}
 
@@ -61,10 +61,6 @@ def test_metrics_on_a_mask_come_within_its_error():
     full = RandomMask(SHAPES, 1.0)
     for metric in (agreement.gradient_confusion, agreement.gradient_coherence, agreement.effective_rank):
         torch.testing.assert_close(metric(gram([full(row) for row in rows])), metric(exact))
-
-
-def test_layers_are_the_modules_that_own_parameters():
-    assert [layer_of(name) for name in ("0.weight", "body.2.bias", "scale")] == ["0", "body.2", "scale"]
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.1, math.nan])

@@ -43,6 +43,7 @@ def per_sample_gram(
     reduction: Literal["mean", "sum"] | None = None,
     of_inputs: bool = False,
     per_parameter: bool = False,
+    per_layer: bool = False,
     freeze_statistics: bool = False,
 ) -> GramResult:
     r"""Gram matrix of the per-sample gradients, from one pass that leaves no trace in the model.
@@ -66,6 +67,7 @@ def per_sample_gram(
             mean has another denominator, return unreduced losses to say what is meant.
         of_inputs: also for the gradients with respect to the inputs (all floating point ones).
         per_parameter: also keep one matrix per parameter.
+        per_layer: also keep one matrix per layer, for less.
         freeze_statistics: let batch normalization use its running statistics, whatever its mode.
 
     Returns:
@@ -99,7 +101,7 @@ def per_sample_gram(
         leaves, are_aliases = {name: p.detach().requires_grad_() for name, p in leaves.items()}, True
     if of_inputs:
         batch = Batch(tree_map(_differentiable, inputs), targets)
-    accumulator = GramAccumulator(per_parameter, may_postpone=True)
+    accumulator = GramAccumulator(per_parameter, may_postpone=True, per_layer=per_layer)
     record = LayerCalls({id(p): name for name, p in leaves.items()}, accumulator.on_output_grad)
     capture = Capture(survey.watched, lambda *call: record.on_call(*call))
 

@@ -13,7 +13,7 @@ from torchgeom_optim.geometry.layer_calls import LayerCall, ParameterUses
 from torchgeom_optim.geometry.layers import plain_arithmetic
 from torchgeom_optim.geometry.per_sample import Batch, parameter_portions, per_sample_gradients
 
-__all__ = ["GramAccumulator", "GramResult"]
+__all__ = ["GramAccumulator", "GramResult", "layer_of"]
 
 _MAX_POSTPONED = 16  # calls without positions: their tensors are small
 _PORTION_BYTES = 2**27  # explicit per-sample gradients at a time, where there is no rule
@@ -31,6 +31,7 @@ class GramResult:
             ``"unused"`` (the loss does not depend on it). Frozen parameters are not listed.
         statistics: ``"none"`` if no layer could normalize over the batch, ``"frozen"`` if each took its running
             statistics, ``"batch"`` if some took the batch's: gradients are then contributions to the batch gradient.
+        layers: layer (:func:`layer_of` its parameters) -> [N, N], which sum to ``weights``, if they were asked for.
     """
 
     weights: Tensor
@@ -38,6 +39,12 @@ class GramResult:
     parameters: dict[str, Tensor] | None
     routes: dict[str, str]
     statistics: str
+    layers: dict[str, Tensor] | None = None
+
+
+def layer_of(parameter: str) -> str:
+    """The layer that a parameter belongs to: its name without the last part; a bare parameter is its own layer."""
+    return parameter.rpartition(".")[0] or parameter
 
 
 @dataclass
@@ -46,6 +53,7 @@ class GramAccumulator:
 
     Args:
         per_parameter: keep one matrix per parameter too.
+        per_layer: keep one matrix per layer too, for less.
         may_postpone: leave small calls for the end, all in one go, which is faster. Their inputs must stay till then.
         uses: must be set before the backward pass.
     """
@@ -53,9 +61,11 @@ class GramAccumulator:
     per_parameter: bool = False
     may_postpone: bool = False
     uses: ParameterUses | None = None
+    per_layer: bool = False
     routes: dict[str, str] = field(default_factory=dict)
     _total: Tensor | None = None
     _parts: dict[str, Tensor] = field(default_factory=dict)
+    _layers: dict[str, Tensor] = field(default_factory=dict)
     _collected: dict[str, list[Factor]] = field(default_factory=dict)
     _postponed: dict[LayerCall, Tensor] = field(default_factory=dict)
     _is_finished: bool = False
@@ -79,6 +89,7 @@ class GramAccumulator:
             and isinstance(bias, RowFactor)
             and weight.num_positions == 1
             and not self.per_parameter
+            and (not self.per_layer or len({layer_of(call.parameters[own]) for own in ("weight", "bias")}) == 1)
             and all(len(calls[call.parameters[own]]) == 1 for own in ("weight", "bias"))
         ):
             # One product of the output gradients serves both.
@@ -107,7 +118,8 @@ class GramAccumulator:
         self._collected.clear()
         if self._total is not None and scale != 1.0:
             self._total *= scale**2
-            self._parts = {name: part * scale**2 for name, part in self._parts.items()}
+            for share in (*self._parts.values(), *self._layers.values()):
+                share *= scale**2
 
     def add_rows(self, gradients: Mapping[str, Tensor], route: str) -> None:
         """Take in explicit gradients, name -> [N, *shape]."""
@@ -169,7 +181,7 @@ class GramAccumulator:
     ) -> GramResult:
         """All of it, by the trainable parameters' ``names``; an empty sum has the device and dtype of ``reference``."""
         routes = {name: "unused" if name in uses.unused else self.routes.get(name, "rule") for name in names}
-        if self._total is not None and input_grads is None and not self.per_parameter:
+        if self._total is not None and input_grads is None and not (self.per_parameter or self.per_layer):
             return GramResult(self._total, None, None, routes, statistics)
         wide = torch.promote_types(reference.dtype if reference.is_floating_point() else torch.float32, torch.float32)
         zero = torch.zeros(num_samples, num_samples, dtype=wide, device=reference.device)
@@ -181,7 +193,10 @@ class GramAccumulator:
         parts = None
         if self.per_parameter:
             parts = {name: self._parts.get(name, zero) for name in routes}
-        return GramResult(total, of_inputs, parts, routes, statistics)
+        layers = None
+        if self.per_layer:
+            layers = {layer: self._layers.get(layer, zero) for layer in map(layer_of, routes)}
+        return GramResult(total, of_inputs, parts, routes, statistics, layers)
 
     def _add(self, name: str, factors: list[Factor], route: str) -> None:
         with plain_arithmetic(factors[0].device_type):
@@ -191,5 +206,9 @@ class GramAccumulator:
         share = share[:, 0, :, 0]
         if self.per_parameter:
             self._parts[name] = share.clone()
+        if self.per_layer:
+            layer = layer_of(name)
+            own = self._layers.get(layer)
+            self._layers[layer] = share.clone() if own is None else own.add_(share.to(own.device))
         self._total = share if self._total is None else self._total.add_(share.to(self._total.device))
         self.routes[name] = route

@@ -34,6 +34,7 @@ class GramRecorder:
         reduction: how the loop's loss comes from the samples' losses; ``"mean"`` is undone by N.
         of_inputs: also for the gradients with respect to those inputs that require grad.
         per_parameter: also keep one matrix per parameter.
+        per_layer: also keep one matrix per layer, for less.
 
     Raises:
         ValueError: the reduction is none of the two.
@@ -54,6 +55,7 @@ class GramRecorder:
         reduction: Literal["mean", "sum"] = "mean",
         of_inputs: bool = False,
         per_parameter: bool = False,
+        per_layer: bool = False,
     ) -> None:
         if reduction not in ("mean", "sum"):
             raise ValueError(
@@ -65,6 +67,7 @@ class GramRecorder:
         self._reduction = reduction
         self._of_inputs = of_inputs
         self._per_parameter = per_parameter
+        self._per_layer = per_layer
         self._pass: _RecordedPass | None = None
         self._count = 0
         self._overlapping: set[int] = set()
@@ -163,7 +166,9 @@ class GramRecorder:
             return
         self.reset()
         self._count += 1
-        self._pass = _RecordedPass(self._model, self._count, args, kwargs, self._per_parameter, self._of_inputs)
+        self._pass = _RecordedPass(self._model, self._count, args, kwargs, self._of_inputs)
+        self._pass.accumulator.per_parameter = self._per_parameter
+        self._pass.accumulator.per_layer = self._per_layer
 
     def _after_forward(self, output: Any) -> None:
         last = self._pass
@@ -216,16 +221,14 @@ class GramRecorder:
 class _RecordedPass:
     """One forward pass of the user's, and what its backward pass brings. Whatever goes wrong is told at the end."""
 
-    def __init__(
-        self, model: nn.Module, number: int, args: Any, kwargs: Any, per_parameter: bool, of_inputs: bool
-    ) -> None:
+    def __init__(self, model: nn.Module, number: int, args: Any, kwargs: Any, of_inputs: bool) -> None:
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.number = number
         self.args = args
         self.kwargs = kwargs
         self.names = list(trainable)
         self.versions = {name: p._version for name, p in trainable.items()}
-        self.accumulator = GramAccumulator(per_parameter)
+        self.accumulator = GramAccumulator()
         self.record = LayerCalls({id(p): name for name, p in trainable.items()}, self._on_output_grad)
         self.uses: ParameterUses | None = None
         self.num_samples = 0
