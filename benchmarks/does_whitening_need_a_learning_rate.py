@@ -8,7 +8,8 @@ with and without momentum, Adam and AdamW, each at the best of a half-decade gri
 there, as a multiple of the first one.
 
 Part two multiplies the incoming weights of every hidden ReLU unit by 10^U(-1, 1) in the middle of training and divides
-its outgoing ones by the same: the function stays what it was.
+its outgoing ones by the same: the function stays what it was. "dead": by how much the share of hidden units that no sample
+of a batch activates has grown at the end; mean losses of an epoch before and after that moment stand beside it.
 
 Runs are kept in a file of their own as they come, so that an interrupted benchmark goes on where it was.
 """
@@ -164,7 +165,7 @@ def _row(name: str, method: str, lr: float | None, runs: list[dict[str, Any]]) -
         "worst": max(run["worst"] for run in runs),
         "test accuracy": statistics.median(run["accuracy"] for run in runs),
         "seconds": statistics.median(run["seconds"] for run in runs),
-        **({"dead": max(run["dead"] for run in runs)} if rescaled else {}),
+        **({key: max(run[key] for run in runs) for key in ("dead", "epoch before", "epoch after")} if rescaled else {}),
     }
 
 
@@ -226,12 +227,15 @@ def _train(
     if rescale:
         dead += _dead_share(model, next(_batches(job, seed + 100, options))[0])
     finite = [loss for loss in losses if math.isfinite(loss)]
+    half, epoch = job.steps // 2, max(job.images // 64, job.steps // 10)
     return {
         "loss": math.inf if diverged else final,
         "worst": math.inf if diverged else max(finite) / losses[0],
         "accuracy": accuracy,
         "seconds": seconds,
         "dead": dead,
+        "epoch before": statistics.fmean(losses[half - epoch : half] or losses[-1:]),
+        "epoch after": statistics.fmean(losses[half : half + epoch] or losses[-1:]),
     }
 
 
