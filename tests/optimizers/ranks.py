@@ -1,0 +1,296 @@
+"""What the processes of test_distributed.py do: each scenario in turn, its result under its name in a file per rank."""
+
+from __future__ import annotations
+
+import copy
+import os
+import traceback
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.cases import OPTIMIZER_CASES, OptimizerCase, mean_loss, small_batches, small_net, tensors_of, train
+
+WORLD_SIZE = 2
+NUM_STEPS = 3
+CASES = {case.name: case for case in OPTIMIZER_CASES}
+Parallel = Callable[[nn.Module], nn.Module]
+
+
+class TokenNet(nn.Module):
+    """An embedding, tied linear layers without bias, and a single output unit: fewer rows than processes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 4)
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.second.weight = self.first.weight
+        self.head = nn.Linear(4, 1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.second(torch.tanh(self.first(self.embed(tokens)))))).mean(1)
+
+
+class Branches(nn.Module):
+    """A layer that only inputs with a positive first entry go through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.always, self.sometimes = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, chosen = self.always(x), x[:, 0] > 0
+        if bool(chosen.any()):
+            y = y.index_add(0, chosen.nonzero()[:, 0], self.sometimes(y[chosen]))
+        return y
+
+
+def seeded(build: Callable[[], nn.Module]) -> nn.Module:
+    """The same network in every process."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(1)
+        return build().double()
+
+
+def net() -> nn.Module:
+    return small_net(dtype=torch.float64)
+
+
+def batches(number: int = NUM_STEPS) -> list[Tensor]:
+    return small_batches(number, dtype=torch.float64)
+
+
+def token_batches() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randint(7, (6, 3), generator=generator) for _ in range(NUM_STEPS)]
+
+
+def branch_batches() -> list[Tensor]:
+    """In the first batch no sample of the second half takes the branch, then none of the first, then nobody."""
+    x = torch.randn(3, 8, 4, generator=torch.Generator().manual_seed(4), dtype=torch.float64).abs()
+    x[0, 4:, 0] *= -1
+    x[1, :4, 0] *= -1
+    x[2, :, 0] *= -1
+    return list(x)
+
+
+def ddp(model: nn.Module) -> nn.Module:
+    return DistributedDataParallel(model)
+
+
+def fsdp(model: nn.Module) -> nn.Module:
+    mesh = init_device_mesh("cpu", (WORLD_SIZE,))
+    for module in list(model.modules()):
+        if isinstance(module, nn.Linear) and not isinstance(model, TokenNet):
+            fully_shard(module, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+PARALLEL = {"ddp": ddp, "fsdp": fsdp}
+
+
+def my_part(xs: Iterable[Tensor]) -> list[Tensor]:
+    return [x.chunk(WORLD_SIZE)[distributed.get_rank()] for x in xs]
+
+
+def parameters_of(model: nn.Module) -> dict[str, Tensor]:
+    """Complete ones, with their names in the plain model."""
+    found = {}
+    for name, p in model.named_parameters():
+        value = p.detach()
+        found[name.removeprefix("module.")] = (value.full_tensor() if hasattr(value, "full_tensor") else value).clone()
+    return found
+
+
+# -- scenarios -----------------------------------------------------------------------------------------------------
+
+
+def halves(case: OptimizerCase, parallel: Parallel) -> dict[str, Tensor]:
+    model = parallel(net())
+    train(model, case(model), my_part(batches()))
+    return parameters_of(model)
+
+
+def tokens(case: OptimizerCase, parallel: Parallel) -> dict[str, Tensor]:
+    model = parallel(seeded(TokenNet))
+    train(model, case(model), my_part(token_batches()))
+    return parameters_of(model)
+
+
+def unequal(case: OptimizerCase, parallel: Parallel) -> dict[str, Tensor]:
+    """5 and 3 samples; a loss that is weighted so that the mean over processes is that over samples."""
+    model, rank = parallel(net()), distributed.get_rank()
+    parts = [x[:5] if rank == 0 else x[5:] for x in batches()]
+    train(model, case(model), parts, lambda y: mean_loss(y) * len(y) / (8 / WORLD_SIZE))
+    return parameters_of(model)
+
+
+def accumulated(case: OptimizerCase, parallel: Parallel) -> dict[str, Tensor]:
+    """Each process in two passes; the gradients of the first are not yet averaged."""
+    model = parallel(net())
+    optimizer = case(model)
+    for x in my_part(batches()):
+        optimizer.zero_grad()
+        if isinstance(model, DistributedDataParallel):
+            with model.no_sync():
+                (mean_loss(model(x[:2])) / 2).backward()
+        else:
+            model.set_requires_gradient_sync(False)
+            (mean_loss(model(x[:2])) / 2).backward()
+            model.set_requires_gradient_sync(True)
+        (mean_loss(model(x[2:])) / 2).backward()
+        optimizer.step()
+    return parameters_of(model)
+
+
+def averaged_twice(case: OptimizerCase, parallel: Parallel) -> dict[str, Tensor]:
+    """The same, the gradients of each pass averaged at once; and a step before that is skipped."""
+    model = parallel(net())
+    optimizer = case(model)
+    for x in my_part(batches()):
+        mean_loss(model(100 * x)).backward()
+        model.zero_grad()
+        for part in (x[:2], x[2:]):
+            (mean_loss(model(part)) / 2).backward()
+        optimizer.step()
+        model.zero_grad()
+    return parameters_of(model)
+
+
+def scaled(case: OptimizerCase, parallel: Parallel) -> dict[str, Tensor]:
+    """With a GradScaler; in the second step one process has an infinite input, and all of them skip it."""
+    model = parallel(net())
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
+    optimizer = case(model, **({"loss_scale": scaler.get_scale} if case.sees_output_grads else {}))
+    for step, x in enumerate(my_part([batches()[0], *batches()])):
+        if step == 0 and distributed.get_rank() == 1:
+            x = torch.full_like(x, torch.inf)
+        optimizer.zero_grad()
+        scaler.scale(mean_loss(model(x))).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    return parameters_of(model)
+
+
+def branches(case: OptimizerCase) -> dict[str, Tensor]:
+    model = DistributedDataParallel(seeded(Branches), find_unused_parameters=True)
+    train(model, case(model), my_part(branch_batches()))
+    return parameters_of(model)
+
+
+def resumed(case: OptimizerCase, parallel: Parallel) -> dict[str, Tensor]:
+    """A checkpoint after the first step, taken up by another optimizer on the same model."""
+    model = parallel(net())
+    optimizer = case(model)
+    parts = my_part(batches())
+    train(model, optimizer, parts[:1])
+    other = case(model, lr=0.5)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    optimizer.zero_grad()
+    train(model, other, parts[1:])
+    return parameters_of(model)
+
+
+def alone(case: OptimizerCase) -> dict[str, Tensor]:
+    """In a group of one, each trains a model of its own."""
+    groups = [distributed.new_group([rank]) for rank in range(WORLD_SIZE)]
+    model, rank = net(), distributed.get_rank()
+    train(model, case(model, process_group=groups[rank]), batches()[: 1 + rank])
+    return parameters_of(model)
+
+
+def refused(what: str, case: OptimizerCase) -> str:
+    model = net()
+    if what == "tensor parallel":
+        from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+        model = parallelize_module(model, init_device_mesh("cpu", (WORLD_SIZE,)), {"head": ColwiseParallel()})
+    elif what == "flattened":
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        model = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    elif what == "different models":
+        model = nn.Sequential(nn.Linear(4, 3 + distributed.get_rank())).double()
+        x = torch.ones(2, 4, dtype=torch.float64)
+        return error_of(lambda: train(model, case(model), [x]))
+    return error_of(lambda: case(model))
+
+
+def error_of(action: Callable[[], Any]) -> str:
+    try:
+        action()
+    except (RuntimeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def death(case: OptimizerCase) -> dict[str, Any]:
+    """The second process is gone when the first one takes its second step."""
+    model = net()
+    optimizer = case(model, process_group=distributed.group.WORLD)
+    x, y = my_part(batches(2))
+    train(model, optimizer, [x])
+    before = tensors_of([model.state_dict(), optimizer.state_dict()])
+    if distributed.get_rank() == 1:
+        os._exit(0)
+    error = error_of(lambda: train(model, optimizer, [y]))
+    calls = sum(len(layer.calls) for layer in optimizer._layers)
+    return {
+        "error": error,
+        "before": before,
+        "after": tensors_of([model.state_dict(), optimizer.state_dict()]),
+        "calls": calls,
+    }
+
+
+def scenarios() -> Iterable[tuple[str, Callable[[], Any]]]:
+    for kind, parallel in PARALLEL.items():
+        for name, case in CASES.items():
+            yield f"halves {kind} {name}", lambda case=case, parallel=parallel: halves(case, parallel)
+        for name in TOKEN_CASES:
+            yield f"tokens {kind} {name}", lambda name=name, parallel=parallel: tokens(CASES[name], parallel)
+        for name in PASS_CASES:
+            for scenario in (unequal, accumulated, averaged_twice, scaled, resumed):
+                yield (
+                    f"{scenario.__name__} {kind} {name}",
+                    lambda s=scenario, name=name, parallel=parallel: s(CASES[name], parallel),
+                )
+    for name in BRANCH_CASES:
+        yield f"branches {name}", lambda name=name: branches(CASES[name])
+    case = CASES["whitening"]
+    yield "alone", lambda: alone(case)
+    for what in ("tensor parallel", "flattened", "different models"):
+        yield f"refused {what}", lambda what=what: refused(what, case)
+    yield "death", lambda: death(case)  # the last, as there is but one process afterwards
+
+
+TOKEN_CASES = ("trust_region", "whitening_momentum", "second_order", "natural_kronecker", "natural_diagonal")
+PASS_CASES = ("trust_region_lr", "second_order", "natural_kronecker_unit")
+MEASURE_ON_A_FEW = ("trust_region", "trust_region_lr")
+BRANCH_CASES = ("trust_region", "whitening", "second_order", "natural_kronecker", "natural_kronecker_unit")
+
+
+def run(rank: int, folder: str) -> None:
+    """One process."""
+    torch.set_num_threads(1)
+    store = distributed.FileStore(f"{folder}/store", WORLD_SIZE)
+    distributed.init_process_group(
+        "gloo", store=store, rank=rank, world_size=WORLD_SIZE, timeout=timedelta(seconds=300)
+    )
+    results: dict[str, Any] = {}
+    for name, scenario in scenarios():
+        if name == "death":
+            torch.save(results, Path(folder) / f"{rank}.pt")
+        torch.manual_seed(0)
+        try:
+            results[name] = scenario()
+        except Exception:
+            results[name] = traceback.format_exc()
+    torch.save(results, Path(folder) / f"{rank}.pt")

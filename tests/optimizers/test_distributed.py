@@ -1,0 +1,121 @@
+"""Two processes with half of the batch each, against one with the whole batch; and what happens when one is missing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, distributed, nn
+
+from tests.cases import OptimizerCase, train
+from tests.optimizers import ranks
+from tests.oracles import tolerance
+from torchgeom_optim.optimizers.distributed import Ranks
+
+pytestmark = pytest.mark.skipif(
+    not (distributed.is_available() and distributed.is_gloo_available()), reason="torch was built without gloo"
+)
+parallel = pytest.mark.parametrize("kind", ranks.PARALLEL)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> list[dict[str, Any]]:
+    """Of every scenario, by rank. One pair of processes goes through them all, since starting it takes the longest."""
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(ranks.run, (str(folder),), nprocs=ranks.WORLD_SIZE)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks.WORLD_SIZE)]
+
+
+def alone(
+    case: OptimizerCase,
+    build: Callable[[], nn.Module] = ranks.net,
+    batches: Callable[[], list[Tensor]] = ranks.batches,
+) -> dict[str, Tensor]:
+    """The trajectory's end with one process."""
+    model = build()
+    train(model, case(model), batches())
+    return ranks.parameters_of(model)
+
+
+def assert_all_agree(results: list[dict[str, Any]], name: str) -> dict[str, Tensor]:
+    """Bit for bit, or the processes would drift apart."""
+    one, two = (result[name] for result in results)
+    assert isinstance(one, dict), one  # else it is what went wrong there
+    torch.testing.assert_close(two, one, rtol=0, atol=0)
+    return one
+
+
+def assert_all_are(results: list[dict[str, Any]], name: str, expected: dict[str, Tensor]) -> None:
+    torch.testing.assert_close(assert_all_agree(results, name), expected, **tolerance(condition=1e3))
+
+
+@parallel
+@pytest.mark.parametrize("case", ranks.CASES.values(), ids=repr)
+def test_two_halves_are_one_batch(results, kind, case: OptimizerCase):
+    assert_all_are(results, f"halves {kind} {case}", alone(case))
+
+
+@parallel
+@pytest.mark.parametrize("name", ranks.TOKEN_CASES)
+def test_embeddings_tied_weights_and_fewer_rows_than_processes(results, kind, name):
+    expected = alone(ranks.CASES[name], lambda: ranks.seeded(ranks.TokenNet), ranks.token_batches)
+    if name in ranks.MEASURE_ON_A_FEW:
+        torch.testing.assert_close(assert_all_agree(results, f"tokens {kind} {name}"), expected, rtol=0.05, atol=0.01)
+    else:
+        assert_all_are(results, f"tokens {kind} {name}", expected)
+
+
+@parallel
+@pytest.mark.parametrize("scenario", ["unequal", "accumulated", "averaged_twice", "scaled", "resumed"])
+@pytest.mark.parametrize("name", ranks.PASS_CASES)
+def test_however_the_batch_is_cut(results, scenario, kind, name):
+    expected = alone(ranks.CASES[name])
+    if name in ranks.MEASURE_ON_A_FEW and scenario not in ("scaled", "resumed"):  # other samples than one process takes
+        found = assert_all_agree(results, f"{scenario} {kind} {name}")
+        torch.testing.assert_close(found, expected, rtol=0.05, atol=0.01)
+    else:
+        assert_all_are(results, f"{scenario} {kind} {name}", expected)
+
+
+@pytest.mark.parametrize("name", ranks.BRANCH_CASES)
+def test_a_layer_that_some_or_all_processes_do_not_call(results, name):
+    expected = alone(ranks.CASES[name], lambda: ranks.seeded(ranks.Branches), ranks.branch_batches)
+    assert_all_are(results, f"branches {name}", expected)
+
+
+def test_a_group_of_one_process_trains_for_itself(results):
+    for rank, result in enumerate(results):
+        case = ranks.CASES["whitening"]
+        expected = alone(case, batches=lambda number=1 + rank: ranks.batches(3)[:number])
+        torch.testing.assert_close(result["alone"], expected, **tolerance())
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("tensor parallel", "ValueError: got 1 layers.*'head'.*tensor parallelism.*need.*fully_shard.*rule='sgd'"),
+        ("flattened", "ValueError: got parameters.*FullyShardedDataParallel.*need.*fully_shard.*rule='sgd'"),
+        ("different models", "RuntimeError: got processes whose models.*differ.*need.*process_group.*Nothing was"),
+    ],
+)
+def test_what_cannot_be_trained_together_is_refused(results, what, message):
+    for result in results:
+        assert re.search(message, result[f"refused {what}"]), result[f"refused {what}"]
+
+
+def test_the_death_of_a_process_is_an_error_that_changes_nothing(results):
+    died = results[0]["death"]
+    assert isinstance(died, dict), died
+    assert died["error"].startswith("RuntimeError: got an error from the process group, in which 2 processes")
+    assert died["error"].endswith("Nothing was changed.")
+    assert died["calls"] > 0  # what the pass before told is still there
+    torch.testing.assert_close(died["after"], died["before"], rtol=0, atol=0)
+
+
+def test_means_with_one_process_are_the_tensors_themselves():
+    x = torch.randn(3)
+    assert Ranks().number == 1
+    assert Ranks().means([x], [0.0])[0] is x
