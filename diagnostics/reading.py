@@ -56,7 +56,7 @@ def verdicts(history: History) -> list[Verdict]:
         return faults
     found = checks.batch_too_large(history)
     explanations: list[Verdict] = []
-    if stopped_falling(history):
+    if stopped_falling(history) or stopped_falling(history, since=0):
         explanations = [verdict for check in _OF_A_PLATEAU for verdict in check(history)]
     if not explanations and stopped_falling(history, since=0):
         explanations = next((said for check in _OF_NO_START if (said := check(history))), [])
