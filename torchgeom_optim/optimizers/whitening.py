@@ -52,22 +52,37 @@ class WhiteningSGD(LayerwiseOptimizer):
     so that momentum, dampening, Nesterov, weight decay and ``maximize`` do what they do in SGD on v (weight decay too:
     decaying v by a factor is decaying w by it). mu_i and 1/alpha_i^2 are running mean and variance of the inputs.
 
-    Source: Lafond, Vasilache and Bottou 2017, "Diagonal rescaling for neural networks", Eqs. (3), (5), (12), App. B, E.
-    What we changed: alpha_i^2 is bounded by the present batch too (drift guard) and floored by ``damping``, see
-    :mod:`torchgeom_optim.geometry.reparametrization`; without a trainable bias mu = 0 and alpha_i^2 = 1/E[x_i^2];
-    several calls of a layer in one step are pooled; of large inputs every k-th position is looked at.
+    By default no unit may move further than a share rho of its own spread in one step, which no rescaling of units or
+    inputs affects (:mod:`torchgeom_optim.geometry.unit_trust`). Then no learning rate is needed:
 
-    Learning rate: where SGD takes its usual 0.1 without momentum, take 0.3 (``lenet`` on CIFAR-10 (JPEG), each the best
-    of a half-decade grid); with momentum 0.9 the best was 0.03 to 0.1 (``lenet`` on three data sets, a deep MLP). The
-    next half-decade can diverge, earlier on padded convolutions and with momentum: start from 0.1, with momentum 0.03.
+        r_j^2 = E[(dW_j . x + db_j)^2]  on a few samples,   sigma_j^2 = var[y_j]
+        step = lr c_j (dW_j, db_j),     c_j = sigma_j / (L sqrt(max(r_j^2, E[r_j^2])))          lr is rho, 1 at first
+        or, where lr is given,          c_j = min(1, kappa sigma_j / ...) with kappa = rho / (lr at the start)
 
-    Three ways in: ``WhiteningSGD(model, lr)``; ``WhiteningSGD(groups, lr, model=model)`` with whatever parameter groups
-    a training script has; ``WhiteningSGD(params, lr)`` without a model, which is ``torch.optim.SGD`` exactly.
+    L is the number of layers that every signal has to pass, 4 at least, found in autograd's graph: the moves of
+    layers in a row add up. Any scheduler of lr moves the bound with it, a warm-up too; let lr decay to 0 over the run.
+    Momentum and Nesterov's lie inside the bound, weight decay outside. Channels of normalisations (a tenth of rho) and
+    other parameters (as a whole) move by a share of their own size.
+
+    Source: Lafond, Vasilache and Bottou 2017, "Diagonal rescaling for neural networks", Eqs. (3), (5), (11), (12),
+    App. B, E. What we changed: the bound, a layer's change being *measured*, since the formula that takes inputs for
+    uncorrelated is too small by up to nine times; alpha_i^2 is bounded by the present batch too (drift guard) and
+    floored by ``damping``, see :mod:`torchgeom_optim.geometry.reparametrization`; without a trainable bias mu = 0 and
+    alpha_i^2 = 1/E[x_i^2]; several calls of a layer in one step are pooled; of large inputs every k-th position is
+    looked at. Why: the paper's rule diverges where its statistics are wrong by orders of magnitude (§4.4), as after a
+    ReLU unit's incoming weights were multiplied and its outgoing ones divided by a number.
+
+    Four ways in: ``WhiteningSGD(model)``, without a learning rate; ``WhiteningSGD(model, lr)``;
+    ``WhiteningSGD(groups, lr, model=model)`` with whatever parameter groups a training script has;
+    ``WhiteningSGD(params, lr)`` without a model, which is ``torch.optim.SGD`` exactly.
 
     Rules (``rule``, also a key of a parameter group; the group of a layer's weight decides for the layer):
 
     ============================  =======================================================
-    ``"whitening"``               beta_j^2 = 1/sqrt(n s), Eq. (12): the default
+    ``"trust_region"``            whitening inside the bound: the default
+    ``"whitening"``               beta_j^2 = 1/sqrt(n s), Eq. (12), without the bound: the cheapest. Take lr 0.3, with
+                                  momentum 0.03; the next half-decade can diverge
+    ``"paper"``                   the same without drift guard; "in a suitable range" (§2.3) is what ``damping`` says
     ``"whitening_second_order"``  beta_j^2 = 1/(s E[g_j^2]), Eq. (5) and App. B: less robust (§4)
     ``"fan_in"``                  beta_j^2 = 1/sqrt(n s) and no whitening (§3.5, Fig. 2 left)
     ``"sgd"``                     plain SGD
@@ -75,13 +90,14 @@ class WhiteningSGD(LayerwiseOptimizer):
 
     n is the fan-in (convolution: channels of a group times kernel positions), s the number of positions at which a
     convolution applies its kernel, 1 for linear layers (positions of a sequence count as samples). Linear layers,
-    convolutions (1d to 3d, groups) and embeddings have a rule; everything else takes a plain SGD step.
-    :meth:`report` says which parameter gets which.
+    convolutions (1d to 3d, groups) and embeddings are whitened; under other rules than the default everything else
+    takes a plain SGD step. :meth:`report` says which parameter gets which.
 
     The bias of a layer belongs into a group with the learning rate of its weight: db moves the inputs' mean out of dW.
 
     Memory: two vectors of the length of a layer's input per layer (``"whitening_second_order"``: and one of its
-    output), in float32 or better, in ``state`` beside the weight.
+    output, ``"trust_region"``: two), in float32 or better, in ``state`` beside the weight; until the step, copies of 16
+    of a layer's inputs, or of 4 images.
 
     A call of a layer counts if a backward pass reaches its output, whatever ``training`` says. With a
     ``GradScaler`` a skipped step leaves the statistics as they were; ``"whitening_second_order"`` has to be told its
@@ -96,13 +112,16 @@ class WhiteningSGD(LayerwiseOptimizer):
 
     Args:
         params: a model, or parameters or groups of them as for any optimizer (named ones too).
-        lr: learning rate, a number or a tensor of one element, in [0, inf).
+        lr: learning rate, a number or a tensor of one element, in [0, inf); None for the trust region alone (0.1 for
+            groups with another rule, or without a model).
         momentum: in [0, inf).
         dampening: finite.
         weight_decay: in [0, inf), per unit of lr, added after whitening.
         nesterov: as in SGD; needs momentum and zero dampening.
         model: the module that the parameters belong to; without it, everything takes a plain SGD step.
         rule: see above.
+        trust_radius: rho, in [0, inf), for the rule of that name: by how much the network as a whole may move in one
+            step, in units of its own spread.
         decay: weight of the past in the running statistics, in [0, 1); the paper's lambda of §2.3.
         damping: floor of the variances (and of E[g^2]) as a share of their mean over the layer, in [0, inf).
         loss_reduction: "mean" or "sum": how the loss treats samples; used by ``"whitening_second_order"`` alone.
@@ -119,11 +138,11 @@ class WhiteningSGD(LayerwiseOptimizer):
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
-        >>> optimizer = WhiteningSGD(model, lr=0.3, momentum=0.9)
+        >>> optimizer = WhiteningSGD(model)
         >>> model(torch.randn(8, 4)).square().mean().backward()
         >>> optimizer.step()
         >>> [row.rule for row in optimizer.report()]
-        ['whitening', 'whitening', 'whitening', 'whitening']
+        ['trust_region', 'trust_region', 'trust_region', 'trust_region']
     """
 
     _input_statistics = ("input_mean", "input_variance")
@@ -288,8 +307,7 @@ class WhiteningSGD(LayerwiseOptimizer):
             if past is not None and past.mean.dtype != batch.mean.dtype:  # the model was put into another precision
                 past = Moments(0, past.mean.to(batch.mean.dtype), past.variance.to(batch.mean.dtype))
             guarded = group["rule"] != "paper"
-            damping = group["damping"] if guarded else 0.0
-            key = (group["decay"], damping, guarded, layer.is_centred, batch.mean.dtype, batch.mean.device)
+            key = (group["decay"], group["damping"], guarded, layer.is_centred, batch.mean.dtype, batch.mean.device)
             alike[key].append((layer, past or batch, batch))
         scales: dict[AffineLayer, Tensor] = {}
         input_sq: dict[AffineLayer, Tensor] = {}
@@ -431,7 +449,7 @@ class WhiteningSGD(LayerwiseOptimizer):
         """Everything that a copy or a pickle needs."""
         return {**super().__getstate__(), "_loss_reduction": self._loss_reduction, "_loss_scale": self._loss_scale}
 
-    def fold_batch_norm(self, lr: float | Tensor | None = None, rule: Rule = "whitening") -> list[FoldedBatchNorm]:
+    def fold_batch_norm(self, lr: float | Tensor | None = None, rule: Rule = "trust_region") -> list[FoldedBatchNorm]:
         """Switch from batch normalization and SGD to whitening (App. E): fold, then whiten from here on.
 
         Build the optimizer with ``rule="sgd"``, train the network with its batch normalization for an epoch, call
@@ -453,7 +471,7 @@ class WhiteningSGD(LayerwiseOptimizer):
             raise RuntimeError(
                 "got an optimizer without a model; need WhiteningSGD(model, ...) to fold its batch norm."
             )
-        new = {"rule": rule} if lr is None else {"rule": rule, "lr": lr}
+        new = {"rule": rule} if lr is None else {"rule": rule, "lr": lr, "reference_lr": lr}
         for index, group in enumerate(self.param_groups):
             self._check_group({**group, **new}, f"group {index}")
         folded = fold_batch_norm(self._model)

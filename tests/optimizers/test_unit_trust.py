@@ -1,0 +1,298 @@
+"""The trust region per unit against loops over units, and what it promises."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from tests.optimizers.oracles_whitening import LAYERS, Reference, outputs_by_row
+from tests.oracles import tolerance
+from torchgeom_optim import WhiteningSGD
+from torchgeom_optim.models.reference import char_gpt
+
+BATCH = 32
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d)
+
+
+class Plain(nn.Module):
+    """All kinds of parameters: convolution, norm, linear layers with and without bias, a bare one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 3, stride=2, padding=1)
+        self.norm = nn.GroupNorm(2, 4)
+        self.shift = nn.Parameter(0.1 * torch.randn(36))
+        self.hidden = nn.Linear(36, 5, bias=False)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.conv(x)).relu_().flatten(1) + self.shift
+        return self.head(torch.relu(self.hidden(x)))
+
+
+class TrustedReference(Reference):
+    """The rule of WhiteningSGD's docstring, a unit at a time."""
+
+    def __init__(self, model: nn.Module, lr: float | None, rho: float, length: int, fault: str = "", **hyper) -> None:
+        super().__init__(model, rho if lr is None else lr, **hyper)
+        self.kappa = None if lr is None else rho / (max(length, 4) * lr)
+        self.share, self.fault = 1 / max(length, 4), fault
+        self.expected: dict[Tensor, Tensor] = {}
+
+    def _see(self, layer: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
+        if y.requires_grad:
+            self.seen.append((layer, args[0].detach().clone(), y.detach().clone()))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        directions = {p: p.grad for p in self.model.parameters() if p.grad is not None}
+        seen = {layer: (x, y) for layer, x, y in self.seen}
+        self.seen.clear()
+        for layer, (x, y) in seen.items():
+            s = y[0, 0].numel() if isinstance(layer, nn.Conv2d) else 1
+            channels = x.movedim(1, -1) if isinstance(layer, nn.Conv2d) else x
+            self._directions(layer, channels.reshape(-1, channels.shape[-1]), outputs_by_row(layer, y), s, directions)
+        if momentum := self.hyper["momentum"]:
+            for p, d in directions.items():
+                past = self.buffers.get(p)
+                self.buffers[p] = directions[p] = d if past is None else momentum * past + d
+        covered = set()
+        for module in self.model.modules():
+            if isinstance(module, LAYERS):
+                x, y = seen[module]
+                few = x[:: max(len(x) // (4 if y.dim() == 4 else 16), 1)][: 4 if y.dim() == 4 else 16]
+                outputs = outputs_by_row(module, y)
+                moved = copy.deepcopy(module)
+                moved.weight.copy_(directions[module.weight])
+                if module.bias is not None:
+                    moved.bias.copy_(directions[module.bias])
+                change = outputs_by_row(module, moved.forward(few)).square().mean(0)
+                sigma_sq = outputs.var(0, unbiased=False)
+                inputs = x.movedim(1, -1).reshape(-1, x.shape[1]) if y.dim() == 4 else x
+                sigma_sq = sigma_sq + 0.01 * sigma_sq.mean() + 1e-4 * self._input_sq(module, inputs)
+            elif isinstance(module, NORMS):
+                change = directions[module.weight].square() + directions[module.bias].square()
+                sigma_sq = 0.01 * (module.weight.square() + 0.01)
+            else:
+                continue
+            scale = self._scale(module.weight, change, sigma_sq)
+            for p in (module.weight, module.bias):
+                if p is not None:
+                    covered.add(p)
+                    directions[p] = torch.stack([scale[j] * directions[p][j] for j in range(len(scale))])
+        for p, d in directions.items():
+            if p not in covered:
+                d = d * self._scale(p, d.square().mean()[None], p.square().mean()[None] + 1e-4)
+            p.sub_(self.lr * (d + self.hyper["weight_decay"] * p))
+
+    def _input_sq(self, layer: nn.Module, x: Tensor) -> Tensor:
+        averages, centred = self.averages[layer], layer.bias is not None
+        running = averages.mx2 - averages.mx**2 if centred else averages.mx2
+        now = (x - averages.mx).square().mean(0) if centred else x.square().mean(0)
+        return torch.maximum(running, now).mean()
+
+    def _scale(self, owner: Tensor, change: Tensor, sigma_sq: Tensor) -> Tensor:
+        past = self.expected.get(owner, change)
+        self.expected[owner] = expected = 0.95 * past + 0.05 * change
+        q = (expected if self.fault == "no_present" else torch.maximum(expected, change)) / sigma_sq
+        c = 1 / torch.sqrt(q + 0.01 * q.mean())
+        return self.share * c if self.kappa is None else torch.clamp(self.kappa * c, max=1.0)
+
+
+def batches(number: int, seed: int = 1) -> list[tuple[Tensor, Tensor]]:
+    g = torch.Generator().manual_seed(seed)
+    return [
+        (torch.randn(BATCH, 2, 6, 6, generator=g, dtype=torch.float64), torch.randint(3, (BATCH,), generator=g))
+        for _ in range(number)
+    ]
+
+
+def side_by_side(steps: int = 60, fault: str = "", **settings) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    ours = Plain().double()
+    theirs = copy.deepcopy(ours)
+    reference = dict(settings)
+    lr, rho = reference.pop("lr", None), reference.pop("trust_radius", 1.0)
+    pairs = (
+        (ours, WhiteningSGD(ours, **settings)),
+        (theirs, TrustedReference(theirs, lr, rho, 3, fault, **reference)),
+    )
+    for x, y in batches(steps):
+        for model, optimizer in pairs:
+            model.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    return ours, theirs
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"trust_radius": 0.3, "momentum": 0.9, "weight_decay": 0.01}, {"lr": 3.0}, {"lr": 0.5, "trust_radius": 0.2}],
+    ids=str,
+)
+def test_steps_follow_the_rule_unit_by_unit(settings):
+    ours, theirs = side_by_side(**settings)
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), **tolerance(condition=1e6))
+
+
+def test_another_rule_leads_elsewhere():
+    ours, theirs = side_by_side(10, fault="no_present")
+    assert not torch.allclose(ours.head.weight, theirs.head.weight, rtol=1e-3)
+
+
+def hidden_network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 7), nn.ReLU(), nn.Linear(7, 3)).double()
+
+
+def step_of(model: nn.Module, x: Tensor, y: Tensor, **settings) -> WhiteningSGD:
+    optimizer = WhiteningSGD(model, **settings)
+    nn.functional.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    return optimizer
+
+
+@given(seed=st.integers(0, 2**16), rho=st.sampled_from([0.01, 0.3, 2.0]), lr=st.sampled_from([None, 1e-3, 1.0, 1e3]))
+def test_no_unit_moves_further_than_its_share(seed, rho, lr):
+    g = torch.Generator().manual_seed(seed)
+    scale = 10 ** torch.randn((), generator=g)
+    x = torch.randn(16, 6, generator=g, dtype=torch.float64) * scale + 1  # all of it is measured
+    model = hidden_network()
+    before = copy.deepcopy(model)
+    step_of(model, x, torch.randint(3, (16,), generator=g), lr=lr, trust_radius=rho)
+    inputs = x
+    for old, new in zip(before, model, strict=True):
+        if isinstance(old, nn.Linear):
+            y = old(inputs)
+            sigma_sq = y.var(0, unbiased=False)
+            floored = sigma_sq + 0.01 * sigma_sq.mean() + 1e-4 * inputs.square().mean()
+            moved = (new(inputs) - y).square().mean(0).sqrt()
+            assert bool((moved <= rho / 4 * floored.sqrt() * (1 + 1e-9)).all())
+        inputs = old(inputs)
+
+
+@given(seed=st.integers(0, 2**16), decades=st.floats(-1.5, 1.5))
+def test_the_scale_of_hidden_layers_and_inputs_changes_no_step(seed, decades):
+    """Of whole layers: what is added to variances, as a share of their mean, does depend on the units beside."""
+    g = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(16, 6, generator=g, dtype=torch.float64), torch.randint(3, (16,), generator=g)
+    model, kappa = hidden_network(), 10**decades
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other[0].weight.mul_(kappa)
+        other[0].bias.mul_(kappa)
+        other[2].weight.div_(kappa)
+    step_of(model, x, y)
+    step_of(other, x, y)
+    # But for 1e-4 of the inputs' square, by which layers of zeros get away from them.
+    torch.testing.assert_close(other[0].weight / kappa, model[0].weight, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(other[2].weight * kappa, model[2].weight, rtol=0.02, atol=0.02)
+
+
+def test_rescaling_units_in_the_middle_does_no_harm():
+    x, y = batches(1)[0]
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(72, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
+    model = model.double()
+    optimizer, losses = WhiteningSGD(model, trust_radius=0.5), []
+    for step in range(60):
+        if step == 30:
+            with torch.no_grad():
+                kappa = 10 ** (2 * torch.rand(16, generator=torch.Generator().manual_seed(3), dtype=torch.float64) - 1)
+                model[1].weight.mul_(kappa[:, None])
+                model[1].bias.mul_(kappa)
+                model[3].weight.div_(kappa)
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert max(losses) <= 1.3 * losses[0]
+    assert max(losses[30:]) <= max(losses[20:30])
+
+
+def test_a_unit_that_is_silent_on_the_probe_and_zero_weights_do_not_break_a_step():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).double()
+    nn.init.zeros_(model[2].weight)
+    nn.init.zeros_(model[2].bias)
+    with torch.no_grad():
+        model[0].bias[0] = -1e3  # never active
+    optimizer = WhiteningSGD(model)
+    head = model[2].weight.detach().clone()
+    for x, y in batches(5):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x.flatten(1)[:, :4]), (y > 0).long()).backward()
+        optimizer.step()
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+    assert bool((model[2].weight != head).any())  # a layer that starts at zero does not stay there
+
+
+def test_a_batch_of_one_moves_the_weights_by_a_finite_step():
+    model = hidden_network()
+    optimizer = WhiteningSGD(model)
+    before = copy.deepcopy(model)
+    for x in torch.randn(4, 1, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), torch.tensor([1])).backward()
+        optimizer.step()
+    for p, q in zip(model.parameters(), before.parameters(), strict=True):
+        assert bool(p.isfinite().all())
+        assert not torch.equal(p, q)
+
+
+def test_schedulers_move_learning_rate_and_bound_together():
+    model, x = hidden_network(), torch.randn(16, 6, dtype=torch.float64)
+    other = copy.deepcopy(model)
+    for net, start in ((model, 1.0), (other, 0.25)):
+        optimizer = WhiteningSGD(net, lr=1e3, trust_radius=0.4)
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _, start=start: start)
+        net(x).square().mean().backward()
+        optimizer.step()
+    first = hidden_network()
+    moves = [net[0].weight - first[0].weight for net in (model, other)]
+    torch.testing.assert_close(moves[1] * 4, moves[0], **tolerance(condition=1e3))
+
+
+def test_without_a_learning_rate_the_radius_is_the_learning_rate():
+    optimizer = WhiteningSGD(hidden_network(), trust_radius=0.7)
+    assert optimizer.param_groups[0]["lr"] == 0.7
+    assert WhiteningSGD(hidden_network(), rule="whitening").param_groups[0]["lr"] == 0.1
+    assert WhiteningSGD(hidden_network().parameters()).param_groups[0]["lr"] == 0.1
+
+
+def test_the_length_of_the_chain_is_found():
+    model = hidden_network()
+    assert step_of(model, torch.randn(4, 6).double(), torch.tensor([0, 1, 2, 0])).param_groups[0]["chain_length"] == 3
+    network = char_gpt()
+    optimizer = WhiteningSGD(network)
+    network(torch.randint(128, (2, 8))).logsumexp(-1).mean().backward()
+    optimizer.step()
+    assert optimizer.param_groups[0]["chain_length"] == 2  # embedding and head; everything else has a way round it
+    assert {row.rule for row in optimizer.report()} == {"trust_region"}
+    assert "share of its own size" in str(optimizer.report())
+
+
+def test_it_trains_far_beyond_the_learning_rates_of_sgd():
+    finals = []
+    for lr in (None, 1e2, 1e4):
+        model = hidden_network()
+        optimizer = WhiteningSGD(model, lr=lr)
+        scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=40)
+        g = torch.Generator().manual_seed(0)
+        x = torch.randn(64, 6, generator=g, dtype=torch.float64)
+        y = (x[:, 0] * x[:, 1] > 0).long() + (x[:, 2] > 1).long()
+        for _ in range(40):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(x), y)
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+        finals.append(loss.item())
+    assert all(math.isfinite(final) and final < 0.5 for final in finals), finals
