@@ -39,7 +39,8 @@ class KroneckerRoot:
         vectors: the space of the parameters.
         factors: A and B of layers. One that is missing (a side beyond the limit, tokens) leaves its layer out.
         diagonal: diag(J'J) / N, or an estimate: the layers' traces are taken from it; [P].
-        damping: what is added to the diagonal of M, as a share of each layer's mean diagonal, in (0, inf).
+        damping: as a share of each layer's mean diagonal, in (0, inf): its root, relative to their own mean
+            diagonals, is added to the diagonals of A and B.
 
     Raises:
         ValueError: the damping is out of its range.
@@ -74,9 +75,9 @@ class KroneckerRoot:
             A, B = _plus(A, for_inputs), _plus(B, for_outputs)
             # A group without any input or gradient has factors 0; a unit diagonal keeps the roots finite.
             scale = torch.as_tensor(trace / of_product, dtype=A.dtype, device=A.device)
-            roots = torch.linalg.cholesky(A), torch.linalg.cholesky(B) * scale.sqrt()
-            of_type = [x.to(vectors.dtype) for x in (A, B, *roots)]
-            self._layers.append(_Layer(layout, *of_type, scale.to(vectors.dtype)))
+            output_root = torch.linalg.cholesky(B) * scale.sqrt()
+            parts = (x.to(vectors.dtype) for x in (A, B, torch.linalg.cholesky(A), output_root, scale))
+            self._layers.append(_Layer(layout, *parts))
 
     def product(self, vector: Tensor) -> Tensor:
         """R d.

@@ -164,9 +164,9 @@ class NetworkPath(Optimizer):
             ValueError: that point was not kept.
         """
         index = len(self.path) - 1 - points
-        kept = next((k for k in self._kept if k.index == index), None)
+        kept = next((k for k in self._kept if k.place == index), None)
         if points < 0 or kept is None:
-            possible = [len(self.path) - 1 - k.index for k in self._kept]
+            possible = [len(self.path) - 1 - k.place for k in self._kept]
             raise ValueError(f"points={points}: must be one of {possible}, which are kept; a larger keep= keeps more.")
         return self._go_to(kept)
 
@@ -181,10 +181,10 @@ class NetworkPath(Optimizer):
         Raises:
             ValueError: nothing was evaluated.
         """
-        known = [k for k in self._kept if not math.isnan(self.path[k.index].accuracy)]
+        known = [k for k in self._kept if not math.isnan(self.path[k.place].accuracy)]
         if not known:
             raise ValueError("no point has an accuracy: give evaluate= a loader with labels.")
-        return len(self.path) - 1 - max(known, key=lambda k: self.path[k.index].accuracy).index
+        return len(self.path) - 1 - max(known, key=lambda k: self.path[k.place].accuracy).index
 
     # -- the network ---------------------------------------------------------------------------------------------
 
@@ -234,8 +234,8 @@ class NetworkPath(Optimizer):
         self._cut, self._steps_done = kept.cut, kept.steps_done
         self._target, self._plan = kept.target, kept.plan
         self.arrived, self.stopped = self._remaining == 0, False
-        del self.path[kept.index + 1 :]
-        self._kept = [k for k in self._kept if k.index <= kept.index]
+        del self.path[kept.place + 1 :]
+        self._kept = [k for k in self._kept if k.place <= kept.place]
         return self.path[-1]
 
     def _space(self, weights: Tensor) -> TargetSpace:

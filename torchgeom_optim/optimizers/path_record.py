@@ -49,7 +49,7 @@ class PathPoint(NamedTuple):
 class KeptPoint(NamedTuple):
     """What it takes to go back to a point."""
 
-    index: int
+    place: int
     steps_done: int
     target: Target
     plan: CutPlan | Destination

@@ -34,8 +34,8 @@ def apply_prune_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     uses: dict[int, int] = {}
-    for p in parameters.values():
-        uses[id(p)] = uses.get(id(p), 0) + 1
+    for parameter in parameters.values():
+        uses[id(parameter)] = uses.get(id(parameter), 0) + 1
     for name, mask in masks.items():
         p = parameters.get(name)
         if p is None or p.shape != mask.shape:
