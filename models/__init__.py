@@ -37,9 +37,11 @@ from torchgeom_optim.models.reference import (
 )
 from torchgeom_optim.models.reference_modules import CharGPT, PlainResNet
 from torchgeom_optim.models.tangent import LinearisedNetwork
+from torchgeom_optim.models.thesis_networks import THESIS_NETWORKS, thesis_network
 
 __all__ = [
     "REFERENCE_NETWORKS",
+    "THESIS_NETWORKS",
     "BernoulliRBM",
     "CandidateNetwork",
     "CharGPT",
@@ -78,6 +80,7 @@ __all__ = [
     "resnet8",
     "resnet18",
     "resnet20",
+    "thesis_network",
     "vgg11",
     "vgg_small",
 ]
