@@ -86,17 +86,16 @@ def gradient_confusion(gram: Tensor, num_groups: int | None = None) -> Tensor:
         >>> gradient_confusion(gradients @ gradients.T)
         tensor(1.)
     """
-    b = _checked(gram)
+    _checked(gram)
     if num_groups is not None:
         gram = group_means(gram, num_groups)
-        b = num_groups
     norms_sq = gram.diagonal(dim1=-2, dim2=-1)
     # 0 / 0 where a gradient vanishes; an entry that is not finite stays so, and makes the minimum nan.
     lengths = norms_sq.sqrt()
     scale = torch.where(lengths == 0, 1.0, lengths)
     cosines = gram / scale.unsqueeze(-1) / scale.unsqueeze(-2)
-    others = ~torch.eye(b, dtype=torch.bool, device=gram.device)
-    return -cosines[..., others].amin(-1).clamp(-1.0, 0.0)
+    cosines.diagonal(dim1=-2, dim2=-1).fill_(1.0)
+    return -cosines.amin((-2, -1)).clamp(-1.0, 0.0)
 
 
 def gradient_diversity(gram: Tensor) -> Tensor:
@@ -156,8 +155,8 @@ def effective_rank(gram: Tensor) -> Tensor:
         ValueError: the matrix is not square.
     """
     _checked(gram, least=1)
-    # LAPACK refuses what is not finite.
-    finite = gram.isfinite().all(-1).all(-1)
+    # LAPACK refuses what is not finite, and one entry that is not shows in the sum.
+    finite = gram.sum((-2, -1)).isfinite()
     largest = torch.linalg.eigvalsh(torch.where(finite[..., None, None], gram, 0.0))[..., -1]
     return torch.where(finite, _trace(gram) / largest, math.nan)
 

@@ -25,7 +25,13 @@ def squared_norms(tensors: Mapping[str, Tensor]) -> Tensor:
     Returns:
         [n].
     """
-    return torch.stack([torch.linalg.vector_norm(x.detach(), dtype=_wide(x)).square() for x in tensors.values()])
+    # Of all in one call, as torch.nn.utils.clip_grad_norm_ takes them.
+    values = [x.detach() for x in tensors.values()]
+    wide = torch.float32
+    for x in values:
+        wide = torch.promote_types(wide, x.dtype)
+    norms = torch._foreach_norm(values, 2, dtype=wide)
+    return torch.stack([norm.to(values[0].device) for norm in norms]).square()
 
 
 def gradient_norm(gram: Tensor) -> Tensor:
@@ -126,7 +132,3 @@ def extreme_eigenvalues(
             return ExtremeEigenvalues(float(theta[-1]), float(theta[0]), residual, converged, len(alphas))
         previous, v = v, w / beta
         betas.append(beta)
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
