@@ -19,6 +19,8 @@ _EXTRAS = {
     "tensorboard": "records",
     "lightning": "lightning",
     "transformers": "transformers",
+    "clarabel": "peers",
+    "scipy": "peers",
 }
 
 
