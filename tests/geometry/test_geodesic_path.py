@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -68,7 +69,7 @@ def push(w: Tensor, theta: Tensor) -> Tensor:
 
 
 def length(points: list[Tensor]) -> float:
-    return float(sum(segment_length(push, a, b, 1) for a, b in zip(points, points[1:], strict=False)))
+    return float(sum(segment_length(push, a, b, 1) for a, b in itertools.pairwise(points)))
 
 
 def paths_by_equation_5(end: Tensor, steps: int, relative: float) -> list[Tensor]:
@@ -118,7 +119,7 @@ def test_in_a_constant_metric_the_compensated_path_is_the_geodesic_to_the_plane(
         move = torch.tensor([-float(w[0]) / (steps - k), 0.0], dtype=torch.float64)
         w = w + compensated_step(lambda v: J @ v, lambda u: J.T @ u, move, free, 0.0).step
         points.append(w)
-    found = float(sum(segment_length(lambda _, t: J @ t, a, b, 1) for a, b in zip(points, points[1:], strict=False)))
+    found = float(sum(segment_length(lambda _, t: J @ t, a, b, 1) for a, b in itertools.pairwise(points)))
     best = optimize.minimize_scalar(
         lambda at: float((J @ (torch.tensor([0.0, at], dtype=torch.float64) - START)).norm()), tol=1e-12
     )

@@ -55,8 +55,9 @@ def zeros(model: nn.Module) -> int:
 
 @pytest.mark.parametrize("method", ["compensated", "paper"])
 @pytest.mark.parametrize(
-    ("target", "expected"), [(Sparsity(0.6), 214), (Units({"0": 4}), 36), (NofM(2, 4), 178), (Sparsity(0.5, "layer"), 178)]
-)  # fmt: skip
+    ("target", "expected"),
+    [(Sparsity(0.6), 214), (Units({"0": 4}), 36), (NofM(2, 4), 178), (Sparsity(0.5, "layer"), 178)],
+)
 def test_masks_are_exact_at_arrival(method, target, expected):
     model = mlp()
     sparsifier = GeodesicSparsifier(model, target, method=method, steps=3)
@@ -420,7 +421,7 @@ def test_bad_options(options, message):
 
 def test_bad_models_groups_and_targets():
     model = mlp()
-    with pytest.raises(TypeError, match="need the torch.nn.Module"):
+    with pytest.raises(TypeError, match=r"need the torch\.nn\.Module"):
         GeodesicSparsifier(model.parameters(), Sparsity(0.5))
     with pytest.raises(ValueError, match="does not own"):
         GeodesicSparsifier(mlp(1).parameters(), Sparsity(0.5), model=model)
@@ -430,6 +431,9 @@ def test_bad_models_groups_and_targets():
         GeodesicSparsifier([{"params": model.parameters(), "may_cut": 1}], Sparsity(0.5), model=model)
     with pytest.raises(TypeError, match="need a Target"):
         GeodesicSparsifier(model, 0.5)
+    held = [{"params": model[0].parameters(), "may_move": False}, {"params": model[2].parameters()}]
+    with pytest.raises(ValueError, match="moves entries that their groups hold"):
+        GeodesicSparsifier(held, OtherWeights(mlp(1)), model=model)
     sparsifier = GeodesicSparsifier(model, Sparsity(0.5))
     with pytest.raises(RuntimeError, match="Build another"):
         sparsifier.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})

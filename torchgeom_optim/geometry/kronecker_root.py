@@ -147,10 +147,10 @@ class KroneckerRoot:
         return self._with_others(weights, cost)
 
     def _with_others(self, weights: Tensor, cost: Callable[[_Layer, Tensor], Tensor]) -> Tensor:
-        found = self._each(weights, cost)
-        known = self.diagonal() > 0
-        elsewhere = self.diagonal().sum() / known.sum().clamp(min=1) if self._layers else weights.new_ones(())
-        return torch.where(known, found, weights.square() * elsewhere)
+        diagonal = self.diagonal()
+        known = diagonal > 0
+        elsewhere = diagonal.sum() / known.sum() if self._layers else diagonal.new_ones(())
+        return torch.where(known, self._each(weights, cost), weights.square() * elsewhere)
 
     def _each(self, vector: Tensor | None, function: Callable[[_Layer, Tensor], Tensor]) -> Tensor:
         there = {} if vector is None else self.vectors.named(vector)

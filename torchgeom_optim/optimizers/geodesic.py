@@ -257,14 +257,13 @@ class GeodesicSparsifier(NetworkPath):
         distance = float(torch.linalg.vector_norm(towards))
         new = weights
         if distance > 0:
-            moving = may_move | (towards != 0)
+            moving = (may_move & ~self._cut) | (towards != 0)
             radius = distance / self._remaining
             new = weights + geodesic_direction(metric, diagonal, towards, moving, radius, settings)
+        if isinstance(self._plan, Destination):
+            return self._exact(new, cut := self._cut & ~(self._plan.fixed | self._plan.drawn)), cut
         if self._remaining > 1:
             return new, self._cut
-        if isinstance(self._plan, Destination):
-            there = self._plan.fixed | self._plan.drawn
-            return torch.where(there, self._plan.weights, new), self._cut & ~there
         cut = self._plan.entries(self._plan.chosen(self._plan.per_piece(new.square()), self._plan.gone(self._cut)))
         cut = cut | self._cut
         return new.masked_fill(cut, 0.0), cut

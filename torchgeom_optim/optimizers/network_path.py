@@ -78,7 +78,16 @@ class NetworkPath(Optimizer):
     def target(self, target: Target) -> None:
         if not isinstance(target, Target):
             raise TypeError(f"target: got {type(target).__name__}, need a Target such as Sparsity(0.9).")
-        self._plan: CutPlan | Destination = target.plan(self._space(self._weights()))
+        weights = self._weights()
+        plan = target.plan(self._space(weights))
+        if isinstance(plan, Destination):
+            moved = (plan.fixed | plan.drawn) & (plan.weights != weights) & ~self._cut
+            if bool((moved & ~self._allowed("may_move")).any()):
+                raise ValueError(
+                    f"{type(target).__name__} moves entries that their groups hold: need may_move=True in these "
+                    "groups, or a target that leaves them where they are."
+                )
+        self._plan: CutPlan | Destination = plan
         self._target = target
         self._steps_done = 0
         self.arrived = self.stopped = False
