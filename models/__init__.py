@@ -5,6 +5,7 @@ if __name__ != "torchgeom_optim.models":
 
 from torchgeom_optim.models.compaction import Compaction, CompactionError, CompactionReport, ModelCost, compact
 from torchgeom_optim.models.gated import GatedNetwork
+from torchgeom_optim.models.gradient_graph import GradientGraph, draw_graphs, gradient_graph, gradient_graphs_by_class
 from torchgeom_optim.models.gradient_kernel import GradientKernel
 from torchgeom_optim.models.gradnet import GradNet
 from torchgeom_optim.models.gradnet_cache import RecordCache
@@ -52,6 +53,7 @@ __all__ = [
     "Decomposition",
     "GatedNetwork",
     "GradNet",
+    "GradientGraph",
     "GradientKernel",
     "LinearisedNetwork",
     "ModelCost",
@@ -69,6 +71,9 @@ __all__ = [
     "compact",
     "decompose",
     "distil",
+    "draw_graphs",
+    "gradient_graph",
+    "gradient_graphs_by_class",
     "lenet",
     "mlp2",
     "mlp_deep",

@@ -203,7 +203,7 @@ class ChannelFlow:
             return out
         pads = isinstance(module, _ConvNd) and module.padding_mode == "zeros" and _pads(module)
         matrix = weight_matrix(module)
-        bias = matrix.new_zeros(len(matrix)) if module.bias is None else module.bias.detach().double()
+        bias = matrix.new_zeros(len(matrix)) if module.bias is None else module.bias.detach().cpu().double()
         if is_depthwise(module):
             assert x is not None
             known = ~x.constants.isnan() & ((x.constants == 0) | (not pads))
@@ -275,12 +275,13 @@ class ChannelFlow:
                 break
         else:
             return self._block(node)
-        if not start <= x.axis < end:
-            return Channels(x.axis if x.axis < start else x.axis - (end - start - 1), x.ids, x.constants)
         # The samples' axis, which may be 1 long, is never joined: start is at least 1.
-        if literal and not _is_open(node, start):
+        axis = x.axis if x.axis < start else max(start, x.axis - joined + 1)
+        if literal and not _is_open(node, axis):
             return self._block(node, f"{node.name!r} reshapes to a fixed size; -1 or flatten adapts itself")
-        view = [-1 if axis == x.axis else 1 for axis in range(start, end)]
+        if not start <= x.axis < end:
+            return Channels(axis, x.ids, x.constants)
+        view = [-1 if k == x.axis else 1 for k in range(start, end)]
         ids, constants = (t.view(view).expand(before[start:end]).reshape(-1) for t in (x.ids, x.constants))
         return Channels(start, ids, constants)
 
@@ -358,20 +359,22 @@ def _layers_not_to_touch(model: nn.Module, traced: TracedGraph) -> dict[str, str
 
 
 def weight_matrix(module: Any) -> Tensor:
-    """Weights as [outputs, inputs, kernel positions], in float64."""
-    weight: Tensor = module.weight.detach().double()
+    """Weights as [outputs, inputs, kernel positions], in float64 on the CPU."""
+    weight: Tensor = module.weight.detach().cpu().double()
     return weight.reshape(*weight.shape[:2], -1)
 
 
 def _normalized(module: Any, constants: Tensor) -> Tensor:
     """What a batch norm makes of constants; a channel whose scale is zero is one."""
     one = torch.ones_like(constants)
-    weight = one if module.weight is None else module.weight.detach().double()
-    bias = 0 * one if module.bias is None else module.bias.detach().double()
+    weight = one if module.weight is None else module.weight.detach().cpu().double()
+    bias = 0 * one if module.bias is None else module.bias.detach().cpu().double()
     if module.running_mean is None:  # by the batch's own statistics: a constant becomes 0
         scaled = torch.where(constants.isnan(), constants, 0.0)
     else:
-        scaled = (constants - module.running_mean.double()) / (module.running_var.double() + module.eps).sqrt()
+        scaled = (constants - module.running_mean.cpu().double()) / (
+            module.running_var.cpu().double() + module.eps
+        ).sqrt()
     return torch.where(weight == 0, bias, scaled * weight + bias)
 
 

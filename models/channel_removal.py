@@ -48,7 +48,7 @@ class _Planner:
     def __init__(self, flow: ChannelFlow) -> None:
         self._layers = flow.layers
         self._consumers = [(layer, layer.inputs) for layer in flow.layers.values() if layer.mixes and layer.inputs]
-        self._reads = {layer.name: (weight_matrix(layer.module) != 0).any(2).cpu() for layer, _ in self._consumers}
+        self._reads = {layer.name: (weight_matrix(layer.module) != 0).any(2) for layer, _ in self._consumers}
         self._roots = roots = flow.roots()
         self._reasons_of_root = {int(roots[i]): reason for i, reason in flow.blocked.items()}
         self._blocked = torch.zeros(len(roots), dtype=torch.bool)

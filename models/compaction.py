@@ -185,8 +185,7 @@ def _plain_copy(model: nn.Module) -> nn.Module:
         for value in vars(module).values()
         if isinstance(value, Tensor) and not value.is_leaf
     }
-    gradients = {id(p.grad): None for p in model.parameters() if p.grad is not None}
-    twin = copy.deepcopy(model, {**computed, **gradients})
+    twin = copy.deepcopy(model, computed)
     for module in twin.modules():
         if parametrize.is_parametrized(module):
             # Not remove_parametrizations: it takes the property off the class, which the original shares.
@@ -231,20 +230,19 @@ def _drop_inputs(layer: Layer, columns: Tensor, removal: Removal) -> None:
     if bool(columns.all()):
         return
     weight = module.weight.detach()
-    device, wide = weight.device, weight.double()
+    wide = weight.cpu().double()
     merged = {k: taken for k, taken in removal.merged.get(layer.name, {}).items() if not columns[k]}
     for position, (into, factor) in merged.items():
         wide[:, into] += factor * wide[:, position]
     constants = torch.where(columns, 0.0, inputs.constants.nan_to_num(nan=0.0))
     constants[list(merged)] = 0.0
-    shift = wide.reshape(*wide.shape[:2], -1).sum(2) @ constants.to(device)
+    shift = wide.reshape(*wide.shape[:2], -1).sum(2) @ constants
     if bool((shift != 0).any()):
-        bias = shift if module.bias is None else module.bias.detach().double() + shift
+        bias = shift if module.bias is None else module.bias.detach().cpu().double() + shift
         trainable = module.weight.requires_grad if module.bias is None else module.bias.requires_grad
-        module.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=trainable)
-    module.weight = nn.Parameter(
-        wide.to(weight.dtype)[:, columns.to(device)].contiguous(), requires_grad=module.weight.requires_grad
-    )
+        module.bias = nn.Parameter(bias.to(weight), requires_grad=trainable)
+    narrow = wide[:, columns].contiguous().to(weight)
+    module.weight = nn.Parameter(narrow, requires_grad=module.weight.requires_grad)
 
 
 def _replace(module: nn.Module, name: str, rows: Tensor) -> None:

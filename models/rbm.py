@@ -346,7 +346,7 @@ class RBMGradientFeatures:
         at_once = max(1, _CACHED_NUMBERS // self.num_features)
         for v, q, row in zip(*(torch.split(x, at_once) for x in (visible, hidden, out)), strict=True):
             outer, v_part, q_part = torch.split(row, [num_hidden * num_visible, num_visible, num_hidden], 1)
-            torch.mul(q[:, :, None], v[:, None], out=outer.unflatten(1, (num_hidden, num_visible)))
+            torch.mul(q[:, :, None], v[:, None], out=torch.unflatten(outer, 1, (num_hidden, num_visible)))
             v_part.copy_(v)
             q_part.copy_(q)
             row.sub_(self._center).mul_(self._scale)
@@ -383,7 +383,7 @@ class RBMGradientFeatures:
         hidden = torch.sigmoid(F.linear(visible, self._weight, self._bias))
         products = F.linear(visible, torch.cat([outer.reshape(-1, num_visible), for_v]))
         gated, ungated = torch.split(products, [len(weight) * num_hidden, len(weight)], 1)
-        gated = torch.einsum("nci,ni->nc", gated.unflatten(1, (len(weight), num_hidden)), hidden)
+        gated = torch.einsum("nci,ni->nc", torch.unflatten(gated, 1, (len(weight), num_hidden)), hidden)
         return gated + ungated + F.linear(hidden, for_q) - scaled @ self._center
 
     def _second_moments(self, rbm: BernoulliRBM, data: Tensor) -> Tensor:

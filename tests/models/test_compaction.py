@@ -246,6 +246,21 @@ def test_functions_and_concatenation():
     torch.testing.assert_close(compact(model, {"images": images()}).report.widths, done.report.widths)
 
 
+def test_views_by_hand():
+    class View(nn.Module):
+        def __init__(self, channels: int) -> None:
+            super().__init__()
+            self.conv, self.head, self.channels = nn.Conv2d(3, 4, 3), nn.Linear(4, 2), channels
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(x)
+            return self.head(x.view(x.shape[0], self.channels, x.shape[2] * x.shape[3]).mean(-1))
+
+    for channels, widths in ((-1, {"conv": (4, 2)}), (4, {})):
+        model = masked(View(channels))
+        assert check(model, images()).report.widths == widths
+
+
 class Refused(nn.Module):
     """Hidden units lead into something that is not followed."""
 
