@@ -90,7 +90,11 @@ class CandidateGradients:
             One [N, K, P] for each layer, without any 1/N; the network's logits [N, C].
         """
         batch = Batch(inputs)
-        uses, directions, logits = (self._by_program if self._program is not None else self._by_capture)(batch, labels)
+        try:
+            uses, directions, logits = self._by_program(batch, labels)
+        except UnsupportedBaseError:
+            self._program = None
+            uses, directions, logits = self._by_capture(batch, labels)
         rows = {
             name: sum_of_rows(factors).view(*labels.shape, -1)
             for name, factors in uses.items()
@@ -102,7 +106,8 @@ class CandidateGradients:
 
     def _by_program(self, batch: Batch, labels: Tensor) -> tuple[Uses, Tensor, Tensor]:
         """A piecewise linear network: factors, gradients at the output [N, K, C], logits."""
-        assert self._program is not None
+        if self._program is None:
+            raise UnsupportedBaseError("no program: the network is not piecewise linear; hooks are needed.")
         logits, calls = self._program.differentiated(batch.args)
         directions = self._output_grads(logits.detach(), labels)
         outputs = [z for _, _, z in calls]

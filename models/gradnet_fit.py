@@ -99,6 +99,8 @@ def fit_head(
     Raises:
         ValueError: labels out of range, classes missing, a loss that is not finite, a checkpoint of another fit. The
             head is then what it was.
+        TypeError: data that are no pairs; likewise.
+        RuntimeError: whatever the base raises on the data; likewise.
     """
     before = copy.deepcopy(head.state_dict())
     optimizer = settings.make_optimizer([p for p in head.parameters() if p.requires_grad])
@@ -125,7 +127,7 @@ def fit_head(
                 state.epoch += 1
                 if settings.checkpoint is not None:
                     _save(Path(settings.checkpoint), settings.identity, head, optimizer, generator, state)
-    except ValueError:
+    except (ValueError, TypeError, RuntimeError):
         head.load_state_dict(before)
         head.train(mode)
         raise

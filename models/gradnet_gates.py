@@ -102,6 +102,7 @@ class GateProgram:
             ) from error
         self._steps: list[_Step] = []
         self._model = model
+        self._checked = False
         self._read(graph)
         self.layers = [step.layer for step in self._steps if step.layer is not None]
         if not self.layers:
@@ -121,7 +122,11 @@ class GateProgram:
 
         Returns:
             "x"; "logits" [N, C]; the gates by the names of their steps; the inputs as "<step>.input".
+
+        Raises:
+            UnsupportedBaseError: the steps do not give the network's outputs, which the first call looks at.
         """
+        self._check(args)
         (x,) = args
         record: Record = {"x": x}
         values: dict[str, Any] = {self._placeholder: _channels_last(x)}
@@ -147,7 +152,11 @@ class GateProgram:
 
         Returns:
             Logits [N, C]; each layer with its (normalized) input and its output.
+
+        Raises:
+            UnsupportedBaseError: as :meth:`record`.
         """
+        self._check(args)
         (x,) = args
         values: dict[str, Any] = {self._placeholder: _channels_last(x)}
         calls: list[tuple[Layer, Tensor, Tensor]] = []
@@ -219,6 +228,23 @@ class GateProgram:
             f"the last layer {self.layers[-1].name} is {type(module).__name__}: a linear layer or a convolution must "
             "come last. Use block=0, or method='linearised'."
         )
+
+    def _check(self, args: tuple[Any, ...]) -> None:
+        """Hooks, in-place changes and whatever else the graph does not show must not matter."""
+        if self._checked:
+            return
+        self._checked = True
+        few = tuple(x[:2] for x in args)
+        ours = torch.nan_to_num(self.record(few)["logits"])
+        with private_evaluation(self._model), torch.no_grad():
+            own = torch.nan_to_num(self._model(*few))
+        tolerance = min(0.1, 1e4 * torch.finfo(own.dtype).eps) * float(own.abs().max())
+        if ours.shape != own.shape or not bool((ours - own).abs().max() <= tolerance):
+            self._checked = False
+            raise UnsupportedBaseError(
+                "the network's layers, put together, do not give its outputs: a hook or an in-place change is part of "
+                "what it computes. Remove it, or use method='linearised' or 'paper', which take any network."
+            )
 
     def _read(self, graph: fx.Graph) -> None:
         modules = dict(self._model.named_modules())

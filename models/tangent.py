@@ -90,7 +90,9 @@ class LinearisedNetwork(nn.Module):
             )
         batch = Batch(sample)
         data = batch.kwargs or batch.args
-        jacobian = Jacobian(model, data, of="sqrt_probabilities", parameters=names, memory_limit=math.inf)
+        jacobian = Jacobian(
+            model, data, of="sqrt_probabilities", parameters=names, batch_size=32, memory_limit=math.inf
+        )
         bases = [factors.eigenbasis() for factors in kronecker_factors(jacobian)]
         scales = []
         for lam in diagonal_in(jacobian, bases):
@@ -121,8 +123,11 @@ class LinearisedNetwork(nn.Module):
         Returns:
             Tensors with the samples along axis 0. Where the way is torch.func.jvp, the inputs alone.
         """
-        if self._program is not None:
-            return self._program.record(Batch(inputs).args, inputs=True)
+        try:
+            if self._program is not None:
+                return self._program.record(Batch(inputs).args, inputs=True)
+        except UnsupportedBaseError:  # something that the graph does not show is part of what the network computes
+            self._program = None
         return {"x": inputs}
 
     def logits(self, record: Mapping[str, Any]) -> Tensor:

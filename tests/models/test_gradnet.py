@@ -251,10 +251,20 @@ def test_a_loss_that_couples_samples():
 
 
 def test_hooks_that_matter_are_noticed():
-    gradnet = good()
-    gradnet.base[0].register_forward_hook(lambda module, args, output: 2 * output)
-    with pytest.raises(ValueError, match="do not give the base's outputs"):
-        gradnet.fit(DATA, 1)
+    models = {method: base() for method in METHODS}
+    for model in models.values():
+        model[0].register_forward_hook(lambda module, args, output: 2 * output)
+    with pytest.raises(UnsupportedBaseError, match="do not give its outputs"):
+        GradNet(models["gated"], C).fit(DATA, 1)
+    # The others do without the gates then.
+    linearised = GradNet(models["linearised"], sample=X, method="linearised")
+    torch.testing.assert_close(linearised(X), models["linearised"].eval()(X).detach())
+    paper = GradNet(models["paper"], sample=X, method="paper")
+    gradients, logits = paper.head._gradients(X, torch.zeros(8, 1, dtype=torch.long))
+    torch.testing.assert_close(logits, models["paper"].eval()(X).detach())
+    loss = F.cross_entropy(models["paper"](X), torch.zeros(8, dtype=torch.long), reduction="sum")
+    (expected,) = torch.autograd.grad(loss, models["paper"][0].weight)
+    torch.testing.assert_close(gradients[0].sum((0, 1)), expected.reshape(-1))
 
 
 @pytest.mark.parametrize(
