@@ -14,14 +14,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from torchgeom_optim.diagnostics.batch_gradient import BatchGradient
-from torchgeom_optim.diagnostics.conditioning import two_step_condition_number
 from torchgeom_optim.diagnostics.cost import Cost, predicted_cost
 from torchgeom_optim.diagnostics.history import History, Record
 from torchgeom_optim.diagnostics.loop import CriterionCall, LoopWatch, ObservedPass, innermost, reduction_of
-from torchgeom_optim.diagnostics.masking import RandomMask
 from torchgeom_optim.diagnostics.measurement import Layers, Measurement, Options
 from torchgeom_optim.diagnostics.metrics import METRICS, MetricsChoice, chosen_metrics
 from torchgeom_optim.diagnostics.schedule import Schedule, as_schedule
+from torchgeom_optim.diagnostics.two_steps import TwoSteps
 from torchgeom_optim.geometry.gram import per_sample_gram
 from torchgeom_optim.geometry.gram_accumulator import GramResult
 from torchgeom_optim.geometry.gram_recorder import GramRecorder
@@ -106,22 +105,22 @@ class Diagnostics:
         self._reduction: Literal["mean", "sum"] = reduction_of(criterion, reduction)
         self._freeze = freeze_statistics
         self._layers = Layers(self._model, per_layer)
-        self._mask: RandomMask | None = None
+        self._steps = TwoSteps(self._layers, self.options)
         self._optimizer: torch.optim.Optimizer | None = None
         self._watch: LoopWatch | None = None
         self._recorder: GramRecorder | None = None
         self._handles: list[RemovableHandle] = []
         self._due = self._next_due = False
         self._waiting: Measurement | None = None  # for the gradients that the optimizer gets
-        self._previous: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None  # weights and gradients a step ago
         self._warned: set[str] = set()
 
     def attach(self, optimizer: torch.optim.Optimizer | None = None) -> Diagnostics:
         """Watch the loop from now on.
 
         Args:
-            optimizer: counts the steps, and tells the learning rate and the steps taken. Without one every backward
-                pass is a step, and there is no two-step condition number.
+            optimizer: counts the steps, and tells the learning rate and, for the two-step condition number, the moves
+                and gradients (as it gets them: accumulated, and clipped if they are). Without one every backward pass
+                is a step, and there is no such number.
 
         Returns:
             Itself.
@@ -145,8 +144,10 @@ class Diagnostics:
             )
         if optimizer is not None:
             self._follow(optimizer)
-        compiled = self._called is not self._model and hasattr(self._called, "_orig_mod")
-        watched = self._called if compiled else self._model
+        watched = self._called
+        while isinstance(watched, nn.parallel.DistributedDataParallel):
+            watched = watched.module
+        compiled = hasattr(watched, "_orig_mod")  # hooks within are not called
         self._watch = LoopWatch(watched, self.criterion, self._after_backward)
         self._watch.counting = optimizer is None
         if self._needs_gram and not compiled and not self._freeze:
@@ -166,7 +167,8 @@ class Diagnostics:
             if owner is not None:
                 owner.close()
         self._handles = []
-        self._watch = self._recorder = self._optimizer = self._previous = None
+        self._steps.forget()
+        self._watch = self._recorder = self._optimizer = None
         self._due = self._next_due = False
 
     def __enter__(self) -> Diagnostics:
@@ -275,6 +277,8 @@ class Diagnostics:
             self._arm()
             start = time.perf_counter()
             measurement = self._measured(observed)
+            if self._recorder is not None:
+                self._recorder.reset()
             measurement.seconds = time.perf_counter() - start
             if self._optimizer is not None and (self._needs_step or self._needs_gradient):
                 self._waiting = measurement
@@ -305,36 +309,28 @@ class Diagnostics:
             )
         self._gather(measurement, batch, observed.loss_fn, scale, observed)
         if self._needs_gradient and self._optimizer is None and math.isfinite(scale) and scale:
-            measurement.from_gradient({name: g / scale for name, g in self._gradients().items()})
+            measurement.from_gradient({name: g / scale for name, g in self._steps.gradients().items()})
         if self._needs_step and self._optimizer is None:
             measurement.note("weight_condition_number_two_step needs attach(optimizer)")
         return measurement
 
     def _before_step(self) -> None:
         measurement, self._waiting = self._waiting, None
-        if measurement is None and not (self._next_due and self._needs_step):
-            return
-        start = time.perf_counter()
-        gradients = self._gradients()
         if measurement is not None:
+            start = time.perf_counter()
             with measurement.attempt("step"):
                 if self._needs_gradient:
-                    measurement.from_gradient(gradients)
-                if self._needs_step and self._previous is None:
-                    measurement.note("weight_condition_number_two_step: no step before this one was seen")
-                elif self._needs_step and self._previous is not None:
-                    now = {name: p.detach() for name, p in self._layers.parameters.items()}
-                    members, mask = self._layers.members, self._masked()
-                    numbers = two_step_condition_number(*self._previous, now, gradients, members, mask)
+                    measurement.from_gradient(self._steps.gradients())
+                numbers = self._steps.condition_number() if self._needs_step else None
+                if numbers is not None:
                     measurement.put("weight_condition_number_two_step", numbers)
+                elif self._needs_step:
+                    measurement.note("weight_condition_number_two_step: no step before this one was seen")
             measurement.seconds += time.perf_counter() - start
             self._append(measurement)
-        self._previous = None
+        self._steps.forget()
         if self._next_due and self._needs_step:
-            mask = self._masked()
-            weights = {name: p.detach().clone() for name, p in self._layers.parameters.items()}
-            kept = {name: g.clone() for name, g in gradients.items()} if mask is None else mask(gradients)
-            self._previous = weights, kept
+            self._steps.keep()
 
     # One measurement
 
@@ -365,7 +361,7 @@ class Diagnostics:
 
         if measurement.wants("moves"):
             with measurement.attempt("moves"):
-                measurement.from_moves(gradient(False), self._masked())
+                measurement.from_moves(gradient(False), self._steps.mask)
         elif self._needs_gradient and observed is None:
             with measurement.attempt("gram"):
                 measurement.from_gradient(gradient(False)())
@@ -401,8 +397,6 @@ class Diagnostics:
                 if loss_fn is None:
                     raise
                 measurement.note(f"Gram matrix from a pass of its own: {error}")
-            finally:
-                self._recorder.reset()
         if loss_fn is None:
             raise RuntimeError("the loss cannot be computed anew")
         return per_sample_gram(
@@ -427,20 +421,6 @@ class Diagnostics:
     def _needs_step(self) -> bool:
         return "weight_condition_number_two_step" in self.metrics
 
-    def _gradients(self) -> dict[str, Tensor]:
-        own = self._layers.parameters.items()
-        return {name: torch.zeros_like(p) if p.grad is None else p.grad.detach() for name, p in own}
-
-    def _masked(self) -> RandomMask | None:
-        fraction = self.options.mask_fraction
-        if fraction is not None and self._mask is None:
-            parameters = self._layers.parameters
-            shapes = {name: p.shape for name, p in parameters.items()}
-            generator = torch.Generator().manual_seed(self.options.seed)
-            device = next(iter(parameters.values())).device
-            self._mask = RandomMask(shapes, fraction, generator, device)
-        return self._mask
-
     def _new_measurement(self, strict: bool = False) -> Measurement:
         return Measurement(self.metrics, self._layers, self.options, self.step, strict)
 
@@ -460,7 +440,10 @@ class Diagnostics:
             learning_rate=lr,
             spectrum=measurement.spectrum,
         )
-        self.history.append(record)
+        try:
+            self.history.append(record)
+        except OSError as error:  # it is in memory; a full disk must not end the training
+            warnings.warn(f"the record of step {record.step} was not written: {error}", RuntimeWarning, stacklevel=2)
         for note in record.notes:
             if "not measured" in note and note not in self._warned:
                 self._warned.add(note)

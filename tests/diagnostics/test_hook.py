@@ -182,7 +182,7 @@ def test_no_hook_and_no_tensor_is_left(how):
     if diagnostics is not None:
         held = [v for v in vars(diagnostics).values() if isinstance(v, torch.Tensor)]
         assert held == []
-        assert diagnostics._previous is diagnostics._waiting is None
+        assert diagnostics._steps._previous is diagnostics._waiting is None
 
 
 def test_memory_does_not_grow():
