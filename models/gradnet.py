@@ -438,7 +438,7 @@ class GradNet(nn.Module):
         head = self._ready()
         calibration = [t for name, t in head.named_buffers() if not name.startswith("norm")]
         marks = [float(t.double().sum()) for t in calibration] if self.method == "paper" else []
-        return fingerprint(self.base, self.method, marks, self.settings if self.method == "paper" else None)
+        return fingerprint(self.base, self.method, marks, self._settings_text() if self.method == "paper" else "")
 
     def _check_owner(self, cache: RecordCache) -> None:
         if cache.owner != self._cache_owner():
@@ -448,7 +448,10 @@ class GradNet(nn.Module):
             )
 
     def _identity(self, *fit: object) -> str:
-        return fingerprint(self.base, self.method, self.num_classes, self.seed, sorted(self.settings.items()), fit)
+        return fingerprint(self.base, self.method, self.num_classes, self.seed, self._settings_text(), fit)
+
+    def _settings_text(self) -> str:
+        return json.dumps(self.settings, sort_keys=True, default=repr)
 
 
 _DEFAULT_OPTIMIZERS: dict[str, OptimizerFactory] = {

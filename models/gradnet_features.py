@@ -33,8 +33,10 @@ __all__ = [
     "Normalization",
     "Statistics",
     "above_percentile",
+    "hidden_units",
     "important_coordinates",
     "normalize",
+    "statistics_of",
 ]
 
 Normalization = Literal["none", "scale", "power", "scale_power", "standard", "standard_unit"]
