@@ -120,7 +120,7 @@ def _natural(name: str, metric: str, block: str, **settings: Any) -> OptimizerCa
 
 OPTIMIZER_CASES = [
     _whitening("trust_region", trust_radius=0.1, is_linear=False),
-    _whitening("trust_region_lr", lr=1.0, trust_radius=0.1, momentum=0.9, weight_decay=1e-3, is_linear=False),
+    _whitening("trust_region_lr", lr=0.02, trust_radius=0.1, momentum=0.9, weight_decay=1e-3, is_linear=False),
     _whitening("whitening", rule="whitening", lr=0.02),
     _whitening("paper", rule="paper", lr=0.02),
     _whitening("whitening_momentum", rule="whitening", lr=0.02, momentum=0.9, nesterov=True, weight_decay=1e-3),

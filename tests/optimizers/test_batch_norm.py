@@ -198,11 +198,11 @@ def test_training_goes_on_with_whitening(named):
     if named:
         by_name = dict(zip(group["param_names"], group["params"], strict=True))
         assert {name: id(p) for name, p in by_name.items()} == {n: id(p) for n, p in model.named_parameters()}
-    assert (group["lr"], group["rule"], group["momentum"]) == (0.05, "whitening", 0.9)
+    assert (group["lr"], group["rule"], group["momentum"]) == (0.05, "trust_region", 0.9)
     assert set(optimizer.state) <= set(model.parameters())
     assert not optimizer.state.get(model[0].weight)  # its momentum belonged to other coordinates
     torch.testing.assert_close(optimizer.state[model[7].weight]["momentum_buffer"], kept, rtol=0, atol=0)
-    assert {row.rule for row in optimizer.report()} == {"whitening"}
+    assert {row.rule for row in optimizer.report()} == {"trust_region"}
 
     losses = train(model.train(), optimizer, batches(10))
     assert all(torch.isfinite(loss) for loss in losses)

@@ -21,9 +21,17 @@ from tests.cases import (
 )
 from tests.oracles import tolerance
 from torchgeom_optim.geometry.capture import private_pass
+from torchgeom_optim.optimizers import layers
 
 every_case = pytest.mark.parametrize("case", OPTIMIZER_CASES, ids=repr)
 with_statistics = pytest.mark.parametrize("case", [case for case in OPTIMIZER_CASES if case.has_statistics], ids=repr)
+
+
+@pytest.fixture(autouse=True)
+def measure_on_all_samples(monkeypatch):
+    """Not on some, which depend on the order: what is tested holds of what is measured on."""
+    for name in ("_PROBED_ROWS", "_PROBED_IMAGES", "_PROBED_CALLS"):
+        monkeypatch.setattr(layers, name, 64)
 
 
 def double_net() -> nn.Module:
@@ -245,7 +253,8 @@ def test_activation_checkpointing_changes_nothing(case: OptimizerCase, reentrant
     def run(reentrant: bool | None) -> nn.Module:
         torch.manual_seed(0)
         model = Blocks(reentrant, reuse=reuse)
-        optimizer = case(model)
+        # Which layers lie in a row does not show in the graph of a reentrant checkpoint.
+        optimizer = case(model, **({"chain_length": 4} if "trust_radius" in case.kwargs else {}))
         for _ in range(4):
             x = torch.randn(16, 6, requires_grad=True)
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):

@@ -58,10 +58,10 @@ def test_every_parameter_with_a_gradient_moves_and_is_named(case: Case, optimize
     for row in report:
         assert isinstance(row, ParameterRule)
         assert row.name in text
-        assert row.rule in ("none", "sgd", optimizer_case.kwargs.get("rule", "whitening"))
+        assert row.rule in ("none", "sgd", optimizer_case.kwargs.get("rule", "trust_region"))
         assert row.note or row.rule not in ("none", "sgd")
         owner = model.get_submodule(row.name.rpartition(".")[0])
-        if row.rule not in ("none", "sgd"):
+        if row.rule not in ("none", "sgd") and "share of its own size" not in row.note:
             assert type(owner) in WITH_RULE, row
 
 

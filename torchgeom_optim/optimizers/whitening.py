@@ -130,6 +130,8 @@ class WhiteningSGD(LayerwiseOptimizer):
         foreach: as in SGD.
         process_group: the processes that train the model together; None takes those of DistributedDataParallel or
             ``fully_shard`` if the model is in one, else the default group.
+        error_if_nonfinite: whether a step refuses gradients that are NaN or infinite, which waits for the device; None
+            does so on the CPU. Else they end in weights and statistics, as in torch.optim; a GradScaler skips them.
 
     Raises:
         ValueError: a hyper-parameter out of its range, or parameters that the model does not own.
@@ -146,7 +148,7 @@ class WhiteningSGD(LayerwiseOptimizer):
     """
 
     _input_statistics = ("input_mean", "input_variance")
-    _statistics = (*_input_statistics, "output_grad_sq", "sharing")
+    _statistics = (*_input_statistics, "output_grad_sq", "sharing", "change_sq", "spread_sq")
 
     def __init__(
         self,
@@ -168,6 +170,7 @@ class WhiteningSGD(LayerwiseOptimizer):
         maximize: bool = False,
         foreach: bool | None = None,
         process_group: ProcessGroup | None = None,
+        error_if_nonfinite: bool | None = None,
     ) -> None:
         if loss_reduction not in ("mean", "sum"):
             raise ValueError(f"loss_reduction={loss_reduction!r}: must be 'mean' or 'sum', as the loss treats samples.")
@@ -191,7 +194,7 @@ class WhiteningSGD(LayerwiseOptimizer):
             "damping": damping,
             "chain_length": chain_length,
         }
-        super().__init__(params, defaults, model, process_group)
+        super().__init__(params, defaults, model, process_group, error_if_nonfinite)
 
     def _check_group(self, group: Mapping[str, Any], where: str) -> None:
         check_choice(group, "rule", (*_WHITENED, "fan_in", "sgd"), where)
@@ -238,9 +241,13 @@ class WhiteningSGD(LayerwiseOptimizer):
 
     def _on_call(self, module: nn.Module, x: Tensor, y: Tensor) -> Callable[[Tensor], None] | None:
         on_output_grad = super()._on_call(module, x, y)
-        if on_output_grad is not None and any(group["chain_length"] is None for group in self.param_groups):
+        in_backward = torch._C._current_graph_task_id() != -1  # of a checkpointed segment, run for the second time
+        if on_output_grad is not None and not in_backward and None in self._chain_lengths():
             self._chain.see(x, y)
         return on_output_grad
+
+    def _chain_lengths(self) -> list[int | None]:
+        return [group["chain_length"] for group in self.param_groups if group["rule"] == "trust_region"]
 
     def _extra_means(self, layer: AffineLayer) -> list[Quantity]:
         if not self._probes(layer):
@@ -333,39 +340,39 @@ class WhiteningSGD(LayerwiseOptimizer):
         self, layers: list[AffineLayer], directions: dict[int, Tensor], input_sq: Mapping[AffineLayer, Tensor]
     ) -> None:
         """Scale the directions of groups with this rule to their trust region, momentum included."""
-        for group in self.param_groups:
-            if group["rule"] != "trust_region" or self._model is None:
-                continue
+        groups = [g for g in self.param_groups if g["rule"] == "trust_region" and self._model is not None]
+        for group in groups:
             if group["chain_length"] is None:
-                device = group["params"][0].device
-                group["chain_length"] = int(self._ranks.largest(self._chain.length, device))
+                group["chain_length"] = self._chain.length
             stepped = [p for p in group["params"] if _can_be_scaled(p)]
-            for p in stepped:
-                if id(p) not in directions:
-                    directions[id(p)] = p.grad.clone()
+            directions.update({id(p): p.grad.clone() for p in stepped if id(p) not in directions})
             self._accumulate(group, stepped, directions)
-            mine = {p: directions[id(p)] for p in stepped}
-            blocks, covered = list[TrustedBlock](), set[Tensor]()
-            of_layers = (
-                layer_block(layer, directions, input_sq[layer], self.state[layer.weight])
-                for layer in layers
-                if layer.weight in mine or self._group_of[layer] is group
+        blocks: dict[int, list[TrustedBlock]] = {id(group): [] for group in groups}
+        covered = set[Tensor]()
+
+        def add(owner: Tensor, block: TrustedBlock | None) -> None:
+            if block is not None:
+                blocks[id(self._group_of_parameter[owner])].append(block)
+                covered.update(parameter for parameter, _ in block.parts)
+
+        for layer in layers:
+            if self._probes(layer):
+                add(layer.weight, layer_block(layer, directions, input_sq[layer], self.state[layer.weight]))
+        for weight, bias in self._norms.items():
+            if id(self._group_of_parameter.get(weight)) in blocks:
+                add(weight, norm_block(weight, bias, directions))
+        for group in groups:
+            for p in group["params"]:
+                if p not in covered and _can_be_scaled(p):
+                    add(p, bare_block(p, directions))
+            scale_blocks(
+                blocks[id(group)],
+                directions,
+                self.state.__getitem__,
+                partial(_bounded, group),
+                decay=group["decay"],
+                mean_over_ranks=self._mean_over_ranks,
             )
-            of_norms = (norm_block(w, b, directions) for w, b in self._norms.items() if w in mine)
-            for block in chain(of_layers, of_norms):
-                if block is not None:
-                    blocks.append(block)
-                    covered.update(p for p, _ in block.parts)
-            blocks += [bare_block(p, directions) for p in stepped if p not in covered]
-            if blocks:
-                scale_blocks(
-                    blocks,
-                    directions,
-                    self.state.__getitem__,
-                    partial(_bounded, group),
-                    decay=group["decay"],
-                    mean_over_ranks=self._mean_over_ranks,
-                )
 
     def _accumulate(self, group: Mapping[str, Any], stepped: list[Tensor], directions: dict[int, Tensor]) -> None:
         """Momentum as in SGD, before the trust region; directions become tensors of their own."""
@@ -500,12 +507,16 @@ def _can_be_scaled(parameter: Tensor) -> bool:
     return grad is not None and not grad.is_sparse and not grad.is_complex()
 
 
-def _bounded(group: Mapping[str, Any], scale: Tensor) -> Tensor:
+def _bounded(group: dict[str, Any], scale: Tensor) -> Tensor:
     """From c_j to the factor of a direction: min(1, kappa c_j) with kappa = rho / lr_0, or c_j where lr is rho."""
-    length, reference_lr = max(group["chain_length"], _SHORT_CHAIN), group["reference_lr"]
+    radius, reference_lr = 1.0 / max(group["chain_length"], _SHORT_CHAIN), group["reference_lr"]
     if reference_lr is None:
-        return scale.div_(length)
-    return (scale * (group["trust_radius"] / (length * reference_lr))).clamp_(max=1.0)
+        return scale.mul_(radius)
+    if not isinstance(reference_lr, Tensor) and reference_lr == 0.0:  # built with 0, and raised by hand since
+        group["reference_lr"] = reference_lr = float(group["lr"])
+        if reference_lr == 0.0:
+            return scale.fill_(1.0)
+    return (scale * (radius * group["trust_radius"] / reference_lr)).clamp_(max=1.0)
 
 
 def _joined(parts: Sequence[Moments]) -> Moments:
