@@ -54,7 +54,7 @@ class CriterionCall:
 
     Args:
         criterion: the loop's; None for models that return their loss.
-        index: which leaf of the model's outputs it takes.
+        index: which tensor among the leaves of the model's outputs it takes.
     """
 
     def __init__(self, criterion: Callable[..., Tensor] | None, index: int = 0) -> None:
@@ -68,8 +68,7 @@ class CriterionCall:
 
     def select(self, outputs: Any) -> Tensor:
         """What the criterion takes of the model's outputs."""
-        selected: Tensor = tree_leaves(outputs)[self._index]
-        return selected
+        return _tensors(outputs)[self._index]
 
     def __call__(self, outputs: Any, targets: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})) -> Tensor:
         """The loss; targets are the criterion's further arguments and keyword arguments."""
@@ -156,9 +155,8 @@ class LoopWatch:
         """The model has returned."""
         if self._pass is None or not torch.is_grad_enabled():
             return
-        leaves = [x for x in tree_leaves(outputs) if isinstance(x, Tensor)]
-        self._pass.outputs = [weakref.ref(x) for x in tree_leaves(outputs) if isinstance(x, Tensor)]
-        if self._criterion is None and any(x.requires_grad for x in leaves):
+        self._pass.outputs = [weakref.ref(x) for x in _tensors(outputs)]
+        if self._criterion is None and any(x.requires_grad for x in _tensors(outputs)):
             self._take_loss(self._pass, own_loss(outputs))
             self._pass.loss_fn = CriterionCall(None)
 
@@ -301,6 +299,10 @@ class _GradHook:
         watch, observed = self._watch(), self._observed()
         if watch is not None and observed is not None:
             watch.gradient_arrives(observed, grad)
+
+
+def _tensors(outputs: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(outputs) if isinstance(x, Tensor)]
 
 
 def _nothing() -> None:
