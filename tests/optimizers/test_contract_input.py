@@ -18,6 +18,7 @@ from tests.cases import (
     tensors_of,
     train,
 )
+from torchgeom_optim.optimizers import WhiteningSGD
 
 every_case = pytest.mark.parametrize("case", OPTIMIZER_CASES, ids=repr)
 with_statistics = pytest.mark.parametrize("case", [case for case in OPTIMIZER_CASES if case.has_statistics], ids=repr)
@@ -159,3 +160,40 @@ def test_a_layer_that_sits_a_step_out_goes_by_what_is_known_of_it(case: Optimize
     optimizer.step()  # head one has a gradient of zeros, and no new inputs
     assert not torch.equal(model["two"].weight, before.weight)
     assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("case", [case for case in OPTIMIZER_CASES if case.has_statistics], ids=repr)
+def test_a_batch_with_gradients_that_are_not_finite_is_refused_and_changes_nothing(case: OptimizerCase, value):
+    batches = small_batches(4)
+    plain, model = small_net(), small_net()
+    optimizer, other = case(model), case(plain)
+    train(plain, other, batches)
+    train(model, optimizer, batches[:2])
+    before = tensors_of([model.state_dict(), optimizer.state_dict()])
+    bad = batches[2].clone()
+    bad[3, 1, 2, 2] = value
+    with pytest.raises(FloatingPointError, match=r"got gradients.*need finite.*Nothing was changed"):
+        train(model, optimizer, [bad])
+    torch.testing.assert_close(tensors_of([model.state_dict(), optimizer.state_dict()]), before, rtol=0, atol=0)
+    train(model, optimizer, batches[2:])  # as if there had been no such batch
+    assert_same_parameters(model, plain)
+
+
+@pytest.mark.parametrize("case", [case for case in OPTIMIZER_CASES if case.optimizer is WhiteningSGD][:3], ids=repr)
+def test_whoever_wants_it_may_step_along_gradients_that_are_not_finite(case: OptimizerCase):
+    model = small_net()
+    optimizer = case(model, error_if_nonfinite=False)
+    train(model, optimizer, [torch.full_like(small_batches(1)[0], torch.inf)])
+    assert not all(p.isfinite().all() for p in model.parameters())
+
+
+@every_case
+def test_what_is_no_checkpoint_is_refused(case: OptimizerCase):
+    model = small_net()
+    optimizer = case(model)
+    train(model, optimizer, small_batches(1))
+    before = tensors_of(optimizer.state_dict())
+    with pytest.raises(ValueError, match=r"got a dict with the keys \['shift'.*need.*state_dict\(\).*Nothing was"):
+        optimizer.load_state_dict(model.state_dict())
+    torch.testing.assert_close(tensors_of(optimizer.state_dict()), before, rtol=0, atol=0)

@@ -96,7 +96,10 @@ def test_a_group_of_one_process_trains_for_itself(results):
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("tensor parallel", "ValueError: got 1 layers.*'head'.*tensor parallelism.*need.*fully_shard.*rule='sgd'"),
+        (
+            "tensor parallel",
+            "ValueError: got the parameter 'head.weight'.*tensor parallelism.*need.*fully_shard.*rule='sgd'",
+        ),
         ("flattened", "ValueError: got parameters.*FullyShardedDataParallel.*need.*fully_shard.*rule='sgd'"),
         ("different models", "RuntimeError: got processes whose models.*differ.*need.*process_group.*Nothing was"),
     ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
@@ -17,13 +17,12 @@ if TYPE_CHECKING:
 __all__ = [
     "Ranks",
     "in_process_group",
-    "is_flattened",
     "is_sharded",
     "is_sharded_by_rows",
     "local_part",
     "part_like",
     "process_group_of",
-    "sharding_problem",
+    "require_whole_layers",
     "whole",
     "with_local",
 ]
@@ -208,23 +207,32 @@ def process_group_of(model: nn.Module | None) -> ProcessGroup | None:
     return None
 
 
-def is_flattened(module: nn.Module) -> bool:
-    """Whether it is a FullyShardedDataParallel, whose parameters are pieces of one long vector."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    return fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel)
+def require_whole_layers(model: nn.Module, has_rule: Callable[[Tensor], bool]) -> None:
+    """Refuse parameters that lie on several processes in a way in which their layers cannot be stepped.
 
+    Args:
+        model: looked through whole.
+        has_rule: whether a parameter is to get more than a plain SGD step.
 
-def sharding_problem(model: nn.Module, weight: Tensor) -> str | None:
-    """Why a layer cannot be stepped on its own inputs, if its weight lies on several processes; else None."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if not is_sharded(weight):
-        return None
-    if fsdp is None or not any(isinstance(module, fsdp.FSDPModule) for module in model.modules()):
-        return f"a DTensor ({_placements(weight)}) of tensor parallelism, whose layer sees but a part of its inputs"
-    if sum(placement.is_shard() for placement in weight.placements) != 1:
-        return f"sharded in more than one way ({_placements(weight)})"
-    return None
-
-
-def _placements(tensor: DTensor) -> str:
-    return ", ".join(map(repr, tensor.placements))
+    Raises:
+        ValueError: FullyShardedDataParallel has flattened parameters, or tensor parallelism has split layers, which
+            then see but a part of their inputs.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # without which there are no such parameters
+    is_fsdp2 = fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in model.modules())
+    for name, module in model.named_modules():
+        if fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel):
+            raise ValueError(
+                f"got parameters that FullyShardedDataParallel has flattened (in the module {name!r}); need whole "
+                "ones, or rows of them: try torch.distributed.fsdp.fully_shard, or groups with rule='sgd'."
+            )
+        for key, p in module._parameters.items():
+            if not is_sharded(p) or not has_rule(p):
+                continue
+            if not is_fsdp2 or sum(placement.is_shard() for placement in p.placements) > 1:
+                placements = ", ".join(map(repr, p.placements))
+                raise ValueError(
+                    f"got the parameter {f'{name}.{key}'!r} as a DTensor with placements ({placements}), as of tensor "
+                    "parallelism; need parameters that are whole, or sharded by torch.distributed.fsdp.fully_shard "
+                    "alone: try that, or a group with rule='sgd' for this one."
+                )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from abc import abstractmethod
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import chain
@@ -15,7 +16,8 @@ from torch.optim.optimizer import Optimizer
 from torch.optim.sgd import sgd
 
 from torchgeom_optim.geometry.capture import Capture, activations_are_not_kept
-from torchgeom_optim.optimizers.distributed import Ranks, is_flattened, process_group_of, sharding_problem
+from torchgeom_optim.optimizers.distributed import Ranks, process_group_of, require_whole_layers
+from torchgeom_optim.optimizers.finite_gradients import require_finite_gradients
 from torchgeom_optim.optimizers.layers import AffineLayer, LayerCall, SeenCall, find_affine_layers
 from torchgeom_optim.optimizers.pooled_calls import Quantity, Wanted, calls_of_all_ranks
 from torchgeom_optim.optimizers.report import ParameterRule, RuleReport
@@ -45,6 +47,8 @@ class LayerwiseOptimizer(Optimizer):
         model: the module that owns the parameters; None makes every parameter one without a layer.
         process_group: the processes that train the model together; None takes those of DistributedDataParallel or
             ``fully_shard`` if the model is in one, else the default group.
+        error_if_nonfinite: whether a step looks at whether its gradients are finite; None does so on the CPU, where
+            nobody has to wait for it.
     """
 
     # Tensors in the state that stay in their own dtype and have the length of a layer's input.
@@ -57,6 +61,7 @@ class LayerwiseOptimizer(Optimizer):
         defaults: dict[str, Any],
         model: nn.Module | None,
         process_group: ProcessGroup | None = None,
+        error_if_nonfinite: bool | None = None,
     ) -> None:
         if isinstance(params, nn.Module):
             if model is not None and model is not params:
@@ -68,6 +73,7 @@ class LayerwiseOptimizer(Optimizer):
             )
         self._model = model
         self._ranks = Ranks(process_group or process_group_of(model))
+        self._error_if_nonfinite = error_if_nonfinite
         self._layers: list[AffineLayer] = []
         self._has_foreign_momentum = False
         self._check_group(defaults, "default")
@@ -126,9 +132,9 @@ class LayerwiseOptimizer(Optimizer):
         self._group_of_parameter = {p: group for group in self.param_groups for p in group["params"]}
         layers, refused = list[AffineLayer](), dict[Tensor, str]()
         if self._model is not None:
-            self._check_whole(self._model)
+            if any(group["rule"] != "sgd" for group in self.param_groups):
+                require_whole_layers(self._model, self._has_rule)
             layers, refused = find_affine_layers(self._model, self._has_rule)
-            self._check_shards(self._model, layers)
         self._layers, self._refused = layers, refused
         self._watched_rules = [group["rule"] for group in self.param_groups]
         for layer in self._layers:
@@ -141,25 +147,6 @@ class LayerwiseOptimizer(Optimizer):
             capture.close()
         self._capture: Capture = Capture(self._layer_of, self._on_call)
 
-    def _check_whole(self, model: nn.Module) -> None:
-        flattened = [name for name, module in model.named_modules() if is_flattened(module)]
-        if flattened and any(group["rule"] != "sgd" for group in self.param_groups):
-            raise ValueError(
-                f"got parameters that FullyShardedDataParallel has flattened (in the module {flattened[0]!r}); need "
-                "whole ones, or rows of them: try torch.distributed.fsdp.fully_shard, or groups with rule='sgd'."
-            )
-
-    def _check_shards(self, model: nn.Module, layers: list[AffineLayer]) -> None:
-        problems = [(layer, why) for layer in layers if (why := sharding_problem(model, layer.weight)) is not None]
-        if problems:
-            names = {module: name for name, module in model.named_modules()}
-            layer, why = problems[0]
-            raise ValueError(
-                f"got {len(problems)} layers whose weights cannot be stepped in parts, {names.get(layer.modules[0])!r} "
-                f"among them: it is {why}; need one that is whole, or sharded by torch.distributed.fsdp.fully_shard "
-                "alone: try that, or a group with rule='sgd' for these."
-            )
-
     def _has_rule(self, parameter: Tensor) -> bool:
         group = self._group_of_parameter.get(parameter)
         return group is not None and group["rule"] != "sgd"
@@ -170,9 +157,7 @@ class LayerwiseOptimizer(Optimizer):
         Returns:
             Rows (name, shape, rule, note); ``print`` shows them as a table.
         """
-        names = (
-            {} if self._model is None else {p: n.replace("_orig_mod.", "") for n, p in self._model.named_parameters()}
-        )
+        names = self._names()
         known: dict[Tensor, tuple[str, str]] = {}
         for layer in self._layers:
             rule = self._group_of[layer]["rule"]
@@ -193,6 +178,11 @@ class LayerwiseOptimizer(Optimizer):
                     rule, note = known.get(p) or self._rule_without_layer(p, group, reason)
                 rows.append(ParameterRule(names.get(p, f"groups[{number}][{index}]"), tuple(p.shape), rule, note))
         return RuleReport(rows)
+
+    def _names(self) -> dict[Tensor, str]:
+        """Of the model's parameters."""
+        named = () if self._model is None else self._model.named_parameters()
+        return {p: name.replace("_orig_mod.", "") for name, p in named}
 
     def _rule_without_layer(self, parameter: Tensor, group: Mapping[str, Any], reason: str) -> tuple[str, str]:
         """Rule and note of a parameter that belongs to no layer with a rule of its own, for this reason."""
@@ -260,6 +250,7 @@ class LayerwiseOptimizer(Optimizer):
 
         Raises:
             RuntimeError: a layer has a gradient, but no pass with gradients went through it; nothing was changed.
+            FloatingPointError: gradients are not finite, and this is looked at; nothing was changed.
         """
         loss = None
         if closure is not None:
@@ -275,6 +266,10 @@ class LayerwiseOptimizer(Optimizer):
                 self._calls_of_all_ranks(active) if self._ranks.number > 1 else nullcontext(),
             ):
                 self._check_calls(active)
+                if active and self._error_if_nonfinite is not False:  # which would spoil the statistics for good
+                    params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+                    always = self._error_if_nonfinite is True
+                    require_finite_gradients(params, self._names, self._ranks, always=always)
                 directions = self._directions(active)
             for group in self.param_groups:
                 self._descend(group, directions)
@@ -387,6 +382,17 @@ class LayerwiseOptimizer(Optimizer):
         Raises:
             ValueError: a checkpoint of a newer version, or tensors that do not fit the parameters; nothing was changed.
         """
+        # Hooks come first, as they may make a format that is known of one that is not.
+        state_dict = {**state_dict}
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        if not {"state", "param_groups"} <= set(state_dict):
+            raise ValueError(
+                f"got a dict with the keys {list(state_dict)[:4]}; need what an optimizer's state_dict() returned, "
+                "with 'state' and 'param_groups': is it the model's? Nothing was changed."
+            )
+        state_dict = self._adapted(state_dict)
         saved = state_dict["param_groups"]
         versions = [group.get("state_version", 0) for group in saved]
         if any(version > _STATE_VERSION for version in versions):
@@ -409,12 +415,21 @@ class LayerwiseOptimizer(Optimizer):
         for index, group in enumerate(groups):
             self._check_group(group, f"group {index} of the checkpoint")
         groups += saved[len(groups) :]
-        super().load_state_dict({**state_dict, "state": state, "param_groups": groups})
+        hooks = self._optimizer_load_state_dict_pre_hooks
+        self._optimizer_load_state_dict_pre_hooks = OrderedDict()
+        try:
+            super().load_state_dict({**state_dict, "state": state, "param_groups": groups})
+        finally:
+            self._optimizer_load_state_dict_pre_hooks = hooks
         for index, p in owner.items():  # torch casts to the parameter's dtype, which is too coarse for these
             for key in self._statistics:
                 if isinstance(state.get(index, {}).get(key), Tensor):
                     dtype = torch.promote_types(p.dtype, torch.float32)
                     self.state[p][key] = state[index][key].to(p.device, dtype, copy=True)
+
+    def _adapted(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """A checkpoint as this class would have written it, without changing what was given; raises if it cannot."""
+        return state_dict
 
     def _check_shapes(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
         num_inputs = {layer.weight: (layer.num_inputs,) for layer in self._layers}
@@ -433,7 +448,8 @@ class LayerwiseOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """Everything that a copy or a pickle needs; the model goes with it, as the parameters do."""
         seen = [(layer.weight, layer.calls) for layer in self._layers]
-        return {**super().__getstate__(), "_model": self._model, "_ranks": self._ranks, "_seen": seen}
+        own = {name: getattr(self, name) for name in ("_model", "_ranks", "_error_if_nonfinite")}
+        return {**super().__getstate__(), **own, "_seen": seen}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy, or (called by torch) what a checkpoint holds, and watch the layers anew."""

@@ -59,6 +59,7 @@ class WhiteningSGD(LayerwiseOptimizer):
         step = lr c_j (dW_j, db_j),     c_j = sigma_j / (L sqrt(max(r_j^2, E[r_j^2])))          lr is rho, 1 at first
         or, where lr is given,          c_j = min(1, kappa sigma_j / ...) with kappa = rho / (lr at the start)
 
+    with beta_j = 1, as the bound does what Eq. (12) is for: from lr = 0.1 on it hardly matters which lr it is.
     L is the number of layers that every signal has to pass, 4 at least, found in autograd's graph: the moves of
     layers in a row add up. Any scheduler of lr moves the bound with it, a warm-up too; let lr decay to 0 over the run.
     Momentum and Nesterov's lie inside the bound, weight decay outside. Channels of normalisations (a tenth of rho) and
@@ -425,8 +426,10 @@ class WhiteningSGD(LayerwiseOptimizer):
         return self._constants[key]
 
     def _output_scale(self, layer: AffineLayer, state: dict[str, Any]) -> float | Tensor:
-        """beta^2, by Eq. (12) or Eq. (5)."""
+        """beta^2: 1 inside the trust region, else by Eq. (12) or Eq. (5)."""
         group = self._group_of[layer]
+        if group["rule"] == "trust_region":
+            return 1.0
         if layer.calls:
             state["sharing"] = layer.sharing()
         if group["rule"] != "whitening_second_order":
