@@ -68,7 +68,8 @@ class ReducedModel(nn.Module):
         for i, name in enumerate(self._center):
             assert center is not None
             self.register_buffer(f"center_{i}", center[name].detach().clone())
-        self.train(model.training)
+        self._trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+        self.training = model.training
 
     @property
     def num_directions(self) -> int:
@@ -104,6 +105,8 @@ class ReducedModel(nn.Module):
             own = model.get_submodule(module_name)._parameters
             for key in order:  # as in the original: optimizers number parameters
                 own[key] = own.pop(key)
+        for name, p in model.named_parameters():
+            p.requires_grad_(name in self._trainable)
         return model
 
     def keep(self, positions: Tensor) -> None:

@@ -55,11 +55,12 @@ def load_reduced(path: str | Path, model: nn.Module, *, regenerate_from: Any = N
 
     Args:
         path: of the file.
-        model: a network of the same class and shapes; its weights do not matter, and it is left as it is.
+        model: a network of the same class and shapes, whose modes and device are taken over and whose weights do not
+            matter; left as it is.
         regenerate_from: the inputs of the calibration, where the file was written with them.
 
     Returns:
-        The reduced network, on the CPU, without a report.
+        The reduced network, without a report.
 
     Raises:
         ValueError: no such file format; another network; inputs missing, or not those of the calibration.
@@ -93,7 +94,7 @@ def load_reduced(path: str | Path, model: nn.Module, *, regenerate_from: Any = N
     reduced = ReducedModel(model, directions, positions, coefficients, center)
     state = {key.removeprefix("model."): x for key, x in tensors.items() if key.startswith("model.")}
     reduced.model.load_state_dict(state)
-    return reduced.train(description["training"])
+    return reduced.to(next(model.parameters()).device)
 
 
 def stored_bytes(reduced: ReducedModel, inputs: Any) -> tuple[int, int]:
@@ -122,7 +123,6 @@ def _contents(
         "num_weights": directions.num_weights,
         "shapes": {name: list(w.shape) for name, w in reduced.weights().items()},
         "center": bool(reduced.center),
-        "training": reduced.training,
     }
     if isinstance(directions, LayerDirections):
         whole, order = directions.whole_positions(reduced.positions).sort()

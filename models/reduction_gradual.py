@@ -194,7 +194,8 @@ class _Distillation:
         optimizer: OptimizerFactory,
     ) -> None:
         self._teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
-        self._reduced, self._training = reduced, reduced.training
+        self._reduced = reduced
+        self._modes = [(module, module.training) for module in reduced.modules()]
         reduced.eval()
         self._metric, self._select, self._class_dim = metric, select or _same, class_dim
         self._optimizer = optimizer([reduced.coefficients])
@@ -222,10 +223,11 @@ class _Distillation:
         self._optimizer.param_groups[0]["params"] = [self._reduced.coefficients]
 
     def close(self) -> None:
+        self._reduced.coefficients.grad = None
+        for module, mode in self._modes:
+            module.training = mode
         if not bool(torch.isfinite(self._reduced.coefficients).all()):
             raise ValueError("training has left finite numbers: the loss must fall. Take a smaller lr.")
-        self._reduced.coefficients.grad = None
-        self._reduced.train(self._training)
 
 
 class _Ranking:

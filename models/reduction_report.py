@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,11 +142,15 @@ def take_samples(data: Any, targets: Tensor | None, num_samples: int | None, mos
         )
     size = int(min(wanted, found))
     trees = [map_tensors(lambda x: x.detach(), inputs) for inputs, _ in parts]
-    columns = [torch.cat(same)[:size] for same in zip(*(tensors_of(tree) for tree in trees), strict=True)]
+    columns = [_joined(same, size) for same in zip(*(tensors_of(tree) for tree in trees), strict=True)]
     remaining = iter(columns)
     labels = [own for _, own in parts if isinstance(own, Tensor)]
-    joined = torch.cat(labels)[:size].detach() if len(labels) == len(parts) else None
+    joined = _joined(labels, size).detach() if len(labels) == len(parts) else None
     return MiniBatch(map_tensors(lambda _: next(remaining), trees[0]), joined, size)
+
+
+def _joined(parts: Sequence[Tensor], size: int) -> Tensor:
+    return parts[0][:size] if len(parts) == 1 else torch.cat(list(parts))[:size]
 
 
 def _length(inputs: Any, targets: Tensor | None) -> int:

@@ -211,6 +211,18 @@ def test_the_report_says_what_was_left_as_it_was() -> None:
     assert merged[2].weight is merged[0].weight
 
 
+def test_parameters_by_name_and_modes_are_kept() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)).double().train()
+    model[1].eval()  # a frozen norm in a network that trains
+    reduced = reduce_model(model, inputs(), 0.5, parameters=["0.weight"])
+    assert list(reduced.weights()) == ["0.weight"]
+    assert [p.shape for p in reduced.parameters() if p.requires_grad] == [(12,)]
+    for other in (reduced.model, reduced.merge()):
+        assert [m.training for m in other.modules()] == [m.training for m in model.modules()]
+    assert all(p.requires_grad for p in reduced.merge().parameters())
+    assert torch.equal(reduced.merge()[2].weight, model[2].weight)
+
+
 def test_regression_by_the_outputs() -> None:
     model, x = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)).double(), inputs()
     reduced = reduce_model(model, x, 0.9, metric="outputs")
