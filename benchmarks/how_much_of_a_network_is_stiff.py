@@ -131,9 +131,9 @@ def _run(name: str, setting: Setting, dataset: Dataset, seed: int, smoke: bool) 
         if smoke and basis == "exact":
             continue
         samples, options = min(setting.calibration, len(images)), {}
-        if basis == "exact":  # a rank that has some room beyond 5 %, in single precision to save memory
-            samples = round(1.1 * max(SHARES) * size / (dataset.num_classes - 1)) + 1
-            options = {"dtype": torch.float32}
+        if basis == "exact":  # a rank that has some room beyond 5 %, of which no more vectors are kept
+            samples = round(1.4 * max(SHARES) * size / (dataset.num_classes - 1)) + 1
+            options = {"max_directions": max(SHARES)}
         begin = time.process_time()
         decomposition = decompose(model, images, basis=basis, num_samples=samples, **options)
         seconds = time.process_time() - begin

@@ -14,7 +14,12 @@ from tests.oracles import jacobian as oracle
 from tests.oracles import tolerance
 from tests.zoo import ZOO, Case
 from torchgeom_optim.geometry.jacobian import Jacobian, JacobianMemoryError
-from torchgeom_optim.geometry.spectrum import jacobian_density, jacobian_spectrum
+from torchgeom_optim.geometry.spectrum import (
+    _rows_are_cheaper,
+    _through_rows,
+    jacobian_density,
+    jacobian_spectrum,
+)
 
 CLOSE = tolerance(condition=1e3)
 SOME = [c for c in ZOO if c.name in ("mlp", "cnn", "tied_embedding", "lstm", "frozen")]
@@ -67,6 +72,22 @@ def test_eigenvectors_are_those_of_the_dense_matrix(num_samples: int, num_eigenv
     torch.testing.assert_close(matrix @ V, V * values, **tolerance(condition=1e4))
     with pytest.raises(AssertionError):
         torch.testing.assert_close(2 * matrix @ V, V * values, **tolerance(condition=1e4))
+
+
+def test_eigenvectors_of_a_convolution_come_through_rows() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Tanh(), nn.Flatten(), nn.Linear(32, 2)).double()
+    x = torch.randn(6, 1, 6, 6, dtype=torch.float64)
+    rows = oracle(lambda i: model(x[i : i + 1]), len(x), list(model.parameters()))
+    J = Jacobian(model, x)
+    assert _rows_are_cheaper(J, 12)
+    assert not _rows_are_cheaper(J, 1)
+    spectrum = jacobian_spectrum(J)
+    V = spectrum.eigenvectors(12)
+    torch.testing.assert_close(rows.T @ (rows @ V) / 6, V * spectrum.eigenvalues, **tolerance(condition=1e4))
+    u = torch.randn(12, 3, dtype=torch.float64)
+    torch.testing.assert_close(_through_rows(J, u), rows.T @ u, **CLOSE)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(_through_rows(J, u), -rows.T @ u, **CLOSE)
 
 
 def test_more_rows_than_weights() -> None:

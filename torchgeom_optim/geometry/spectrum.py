@@ -305,12 +305,13 @@ def _carried_back(jacobian: Jacobian, left: Tensor, values: Tensor) -> Tensor:
 
 def _rows_are_cheaper(jacobian: Jacobian, num: int) -> bool:
     """Whether J'u for so many u costs more by a backward pass each than from the rows, which C of them give."""
+    weights, function = jacobian.shape[1], jacobian._f
     with warnings.catch_warnings():  # torch's own use of what it deprecates
         warnings.simplefilter("ignore", FutureWarning)
         from torch.utils.flop_counter import FlopCounterMode  # here, for it imports much
-    weights, function = jacobian.shape[1], jacobian._f
-    with FlopCounterMode(display=False) as counter, function.private(), torch.no_grad():
-        function.on(next(iter(function.parts(1))))({}, torch.Tensor.detach)
+
+        with FlopCounterMode(display=False) as counter, function.private(), torch.no_grad():
+            function.on(next(iter(function.parts(1))))({}, torch.Tensor.detach)
     backward = counter.get_total_flops()  # in multiplications with additions, for inputs and weights
     outputs = jacobian.num_outputs
     return num * backward > outputs * backward + outputs * weights * num
