@@ -58,6 +58,8 @@ class TrustedReference(Reference):
             s = y[0, 0].numel() if isinstance(layer, nn.Conv2d) else 1
             channels = x.movedim(1, -1) if isinstance(layer, nn.Conv2d) else x
             self._directions(layer, channels.reshape(-1, channels.shape[-1]), outputs_by_row(layer, y), s, directions)
+            for p in layer.parameters():  # beta = 1
+                directions[p] = directions[p] * math.sqrt(layer.weight[0].numel() * s)
         if momentum := self.hyper["momentum"]:
             for p, d in directions.items():
                 past = self.buffers.get(p)
