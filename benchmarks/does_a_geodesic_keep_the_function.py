@@ -4,8 +4,9 @@ Without labels: one-shot magnitude pruning, the paper's Eq. (5) in 20 steps (fir
 and gradual magnitude pruning that trains on the dense network's outputs (distillation) for the seconds of the
 compensated path. With labels: fine-tuning after one-shot pruning, and gradual magnitude pruning, both for these
 seconds; the compensated path with one epoch of training between its steps, and gradual magnitude pruning for three
-epochs. The compensated path has one setting for all sparsities. Dense: Adam, 10 epochs, rate 1.5e-3 falling to 0. Training after pruning: Adam, 1e-3 falling to 0 over
-the time that it has; gradual pruning follows the cubic schedule of Zhu and Gupta (2017) over the first two thirds.
+epochs. The compensated path has one setting for all sparsities. Dense: Adam, 10 epochs, rate 1.5e-3 falling to 0.
+Training after pruning: Adam, 1e-3 falling to 0 over the time that it has; gradual pruning follows the cubic schedule
+of Zhu and Gupta (2017) over the first two thirds.
 Seconds are processor seconds of one thread; accuracy is on all test images.
 """
 

@@ -5,8 +5,8 @@ The problem: minimise theta' J'J theta - beta theta' v with ||theta|| <= r, for 
 weights.
 Ours is what a step takes from nothing: J J' of 1,000 rows, its eigendecomposition in float64, and the step in float32.
 Clarabel, an interior-point solver, is given the explicit matrix J'J at P = 2,000 (inputs of 16 numbers there) in
-float64 where it is installed (extra "peers"), and the time that forming it takes is left out of its own. Every size runs in a process of its own: memory is
-the peak beyond what the process held with the network built.
+float64 where it is installed (extra "peers"), and the time that forming it takes is left out of its own. Every size
+runs in a process of its own: memory is the peak beyond what the process held with the network built.
 """
 
 from __future__ import annotations

@@ -143,8 +143,9 @@ def test_units_out_others_out_and_some_back():
     sparsifier.target = Units({"2": 2})
     walk(sparsifier)
     assert zeros(model) == 6 * 9 + 2 * 17
-    sparsifier.target = Dense({"0": 3})
+    sparsifier.walk_to(Dense({"0": 3}), 2)
     walk(sparsifier)
+    assert len(sparsifier.path) == 1 + 3 + 3 + 2
     assert zeros(model) == 3 * 9 + 2 * 17
     gone = model[0].bias == 0
     gone_first = torch.stack([(model[0].weight[j] == dense[0].weight[j]).all() for j in range(16)])
@@ -431,6 +432,8 @@ def test_bad_models_groups_and_targets():
         GeodesicSparsifier([{"params": model.parameters(), "may_cut": 1}], Sparsity(0.5), model=model)
     with pytest.raises(TypeError, match="need a Target"):
         GeodesicSparsifier(model, 0.5)
+    with pytest.raises(ValueError, match="steps=0"):
+        GeodesicSparsifier(model, Sparsity(0.5)).walk_to(Sparsity(0.6), 0)
     held = [{"params": model[0].parameters(), "may_move": False}, {"params": model[2].parameters()}]
     with pytest.raises(ValueError, match="moves entries that their groups hold"):
         GeodesicSparsifier(held, OtherWeights(mlp(1)), model=model)

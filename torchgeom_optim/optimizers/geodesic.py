@@ -4,7 +4,7 @@ Source: "Geodesic sparsification", Eqs. (3) and (5). A step of the paper's metho
 ours, and the default:
 
 1. *Choose* what goes next: the weights or units whose loss, compensated by all others, costs least in the layers'
-   Kronecker metric (Hassibi and Stork 1993), a constant factor of those left in every step.
+   Kronecker metric (Hassibi and Stork 1993): of weights a constant factor of those left, of units equal numbers.
 2. *Predict*: take them away, and let the others of the layers compensate in that metric, whose factors remember the
    samples of all steps.
 3. *Correct*: a few iterations of damped Gauss-Newton in the exact metric of this step's samples, towards the values
@@ -56,7 +56,8 @@ class GeodesicSparsifier(NetworkPath):
             ``may_move`` (True): whether they may move to compensate.
             Parameters outside of the groups stay as they are.
         target: where to: :class:`Sparsity`, :class:`Units`, :class:`Heads`, :class:`NofM`, :class:`Mask`,
-            :class:`OtherWeights`, :class:`Dense`. Set :attr:`target` to another one at any time to go on from there.
+            :class:`OtherWeights`, :class:`Dense`. Set :attr:`target`, or call
+            :meth:`walk_to`, to go on to another one at any time.
         model: the network that owns the parameters.
         method: "compensated" (see this module), or "paper": Eq. (5), to the nearest point that fulfils the target,
             which is chosen by magnitude and anew in every step.
@@ -238,11 +239,7 @@ class GeodesicSparsifier(NetworkPath):
         cost = plan.per_piece(root.cost_of_units(weights) if plan.whole_units else root.cost_of_weights(weights))
         gone = plan.gone(self._cut)
         chosen = plan.chosen(cost, gone)
-        pieces, left, done = len(chosen), int(chosen.sum()), int(gone.sum())
-        kept, kept_at_end, remaining = pieces - done, pieces - left, self._remaining
-        # A constant factor of those left, so that the last steps, which cost most, take the fewest away.
-        ratio = (kept_at_end / kept) ** (1 / remaining) if kept_at_end else 1 - 1 / remaining
-        count = left if remaining == 1 else done + round(kept * (1 - ratio))
+        count = _next_count(len(chosen), int(gone.sum()), int(chosen.sum()), self._remaining, plan.whole_units)
         order = torch.argsort(torch.where(gone, -math.inf, torch.where(chosen, cost, math.inf)), stable=True)
         now = torch.zeros_like(chosen)
         now[order[:count]] = True
@@ -320,6 +317,17 @@ class GeodesicSparsifier(NetworkPath):
         """
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "factors"})
         self._factors = dict(state_dict["factors"])
+
+
+def _next_count(pieces: int, done: int, goal: int, remaining: int, whole_units: bool) -> int:
+    """How many pieces are gone after the next step: units go in equal numbers, of weights a constant factor stays."""
+    # The last steps cost most: with a constant factor they take the fewest away.
+    if remaining == 1:
+        return goal
+    if whole_units or goal == pieces:
+        return done + round((goal - done) / remaining)
+    ratio = ((pieces - goal) / (pieces - done)) ** (1 / remaining)
+    return done + round((pieces - done) * (1 - ratio))
 
 
 def _as_it_is(output: Any) -> Any:

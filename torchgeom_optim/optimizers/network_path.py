@@ -60,7 +60,7 @@ class NetworkPath(Optimizer):
         self._start = self._weights()
         self._cut = torch.zeros_like(self._start, dtype=torch.bool)
         self._kept: list[KeptPoint] = []
-        self.target = target
+        self.walk_to(target)
         self.path = Path()
 
     @abstractmethod
@@ -76,8 +76,23 @@ class NetworkPath(Optimizer):
 
     @target.setter
     def target(self, target: Target) -> None:
+        self.walk_to(target)
+
+    def walk_to(self, target: Target, steps: int | None = None) -> None:
+        """Go on to another target from where the network is; what is cut stays so until a target brings it back.
+
+        Args:
+            target: where to.
+            steps: how many it takes; None for as many as before.
+
+        Raises:
+            TypeError: no target.
+            ValueError: the network or its groups do not allow it, or no step; the path is as it was.
+        """
         if not isinstance(target, Target):
             raise TypeError(f"target: got {type(target).__name__}, need a Target such as Sparsity(0.9).")
+        if steps is not None and not steps >= 1:
+            raise ValueError(f"steps={steps}: must be at least 1; 10 is a start.")
         weights = self._weights()
         plan = target.plan(self._space(weights))
         if isinstance(plan, Destination):
@@ -89,6 +104,7 @@ class NetworkPath(Optimizer):
                 )
         self._plan: CutPlan | Destination = plan
         self._target = target
+        self._num_steps = self._num_steps if steps is None else steps
         self._steps_done = 0
         self.arrived = self.stopped = False
 
@@ -233,14 +249,16 @@ class NetworkPath(Optimizer):
         buffers = {name: b.detach().clone() for name, b in self._model.named_buffers()}
         index = len(self.path) - 1
         self._kept.append(
-            KeptPoint(index, self._steps_done, self._target, self._plan, self._weights(), self._cut, buffers)
+            KeptPoint(
+                index, self._steps_done, self._num_steps, self._target, self._plan, self._weights(), self._cut, buffers
+            )
         )
         while len(self._kept) > 1 + max(1, self._num_kept):
             del self._kept[1]  # the first point stays
 
     def _go_to(self, kept: KeptPoint) -> PathPoint:
         self._restore(kept.weights, kept.buffers)
-        self._cut, self._steps_done = kept.cut, kept.steps_done
+        self._cut, self._steps_done, self._num_steps = kept.cut, kept.steps_done, kept.num_steps
         self._target, self._plan = kept.target, kept.plan
         self.arrived, self.stopped = self._remaining == 0, False
         del self.path[kept.place + 1 :]

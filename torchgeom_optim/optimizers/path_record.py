@@ -51,6 +51,7 @@ class KeptPoint(NamedTuple):
 
     place: int
     steps_done: int
+    num_steps: int
     target: Target
     plan: CutPlan | Destination
     weights: Tensor
