@@ -302,6 +302,44 @@ def test_of_a_zero_factor_damping_stays_finite():
         assert all(torch.isfinite(part).all() for part in split)
 
 
+@pytest.mark.parametrize("maker", [kronecker, one_sided, exact, exact_per_unit], ids=lambda f: f.__name__)
+def test_the_effective_dimension_is_a_trace(maker):
+    """The mean of g^T G^-1 g over gradients with other second moments F than G, in all and unit by unit."""
+    case = maker((), True, 1, generator())
+    other = maker((), True, 1, generator(1))
+    if isinstance(case.metric, KroneckerMetric):
+        found = case.metric.effective_dimension(other.metric.input_factor, other.metric.output_factor)
+    else:
+        found = case.metric.effective_dimension(other.metric.matrix)
+    products = torch.linalg.solve(case.dense, other.dense).diagonal()
+    expected = products.sum() if case.finest == "layer" else products.view(M, -1).sum(1)
+    torch.testing.assert_close(found, expected, **tolerance(condition=1e3))
+    itself = torch.full_like(expected, float(len(case.dense)) if case.finest == "layer" else len(case.dense) / M)
+    with pytest.raises(AssertionError):  # of G itself it would be the number of parameters
+        torch.testing.assert_close(found, itself, rtol=1e-3, atol=0)
+
+
+def test_what_never_had_a_gradient_gets_no_step():
+    moments, g = torch.zeros(2, 3), torch.zeros(2, 3)
+    moments[0], g[0] = torch.tensor([1.0, 0.0, 4.0]), torch.tensor([1.0, 0.0, 2.0])
+    bias_sq, bias = torch.tensor([1.0, 0.0]), torch.tensor([1.0, 0.0])
+    gradient = LayerVector(g, bias)
+    for damping in (0.0, 0.1):
+        metrics = [
+            DiagonalMetric.damped(LayerVector(moments, bias_sq), damping, math.inf),
+            QuasiDiagonalMetric.damped(moments, torch.zeros(2, 3), bias_sq, damping, math.inf),
+        ]
+        for metric in metrics:
+            u = metric.solve(gradient).vector
+            assert bool((u.weight[0, [0, 2]] > 0).all())
+            torch.testing.assert_close(u.weight[1], torch.zeros(3))
+            assert float(u.bias[1]) == float(u.weight[0, 1]) == 0
+    nothing = DiagonalMetric.damped(LayerVector(moments * 0, bias_sq * 0), 0.1, math.inf).solve(gradient).vector
+    torch.testing.assert_close(list(nothing), [torch.zeros(2, 3), torch.zeros(2)])
+    plain = DiagonalMetric.damped(LayerVector(moments, bias_sq), 0.0).solve(gradient).vector
+    assert torch.isnan(plain.weight[1]).all()
+
+
 # -- failures -----------------------------------------------------------------------------------------------------
 
 

@@ -359,7 +359,9 @@ def test_many_patches_are_thinned_out_evenly():
 EVERY = [
     ("identity", "weight"), ("identity", "layer"), ("diagonal", "unit"), ("quasi_diagonal", "unit"),
     ("whitening", "unit"), ("kronecker", "layer"), ("kronecker", "unit"), ("exact", "layer"), ("kronecker", "network"),
+    ("fisher_diagonal", "weight"), ("fisher_quasi_diagonal", "unit"),
 ]  # fmt: skip
+DIAGONALS = ("diagonal", "quasi_diagonal", "fisher_diagonal", "fisher_quasi_diagonal")
 
 
 class Tokens(nn.Module):
@@ -395,7 +397,7 @@ def test_nothing_is_left_untrained(metric, block, tied):
     rules = {row.name: row.rule for row in optimizer.report()}
     own = {"kronecker": "kronecker_diagonal" if block == "unit" else "kronecker"}.get(metric, metric)
     assert rules["block.linear1.weight"] == own
-    assert rules["block.norm1.weight"] == ("diagonal" if metric == "diagonal" else "identity")
+    assert rules["block.norm1.weight"] == ("diagonal" if metric in DIAGONALS else "identity")
     assert set(rules.values()) <= {own, "identity", "diagonal"}
 
 

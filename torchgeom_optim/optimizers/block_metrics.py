@@ -7,7 +7,7 @@ is to be remembered is put aside. Averages of mini-batch gradients alone, which 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,9 +37,9 @@ from torchgeom_optim.geometry.sample_moments import SampleMoments, mean_dual_nor
 from torchgeom_optim.optimizers.distributed import part_like, whole
 from torchgeom_optim.optimizers.layer_factors import CapturedProduct, Pooled, averaged
 from torchgeom_optim.optimizers.layers import AffineLayer
-from torchgeom_optim.optimizers.metric_grid import FROM_GRADIENTS, Metric
+from torchgeom_optim.optimizers.metric_grid import FROM_GRADIENTS, Metric, without_layer
 
-__all__ = ["Part", "Solved", "solved"]
+__all__ = ["Part", "Solved", "parts_with_gradients", "shapes_of_statistics", "solved"]
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,38 @@ class Part:
         return now
 
 
+def parts_with_gradients(
+    layers: Iterable[AffineLayer],
+    group_of: Mapping[AffineLayer, dict[str, Any]],
+    groups: Iterable[dict[str, Any]],
+    state: Mapping[Tensor, dict[str, Any]],
+) -> list[Part]:
+    """Everything that has a gradient and is not left to SGD.
+
+    Args:
+        layers: a weight and its bias are stepped together.
+        group_of: the hyper-parameters of each.
+        groups: of parameters.
+        state: of parameters; not modified.
+
+    Returns:
+        Layers first, then parameters without one.
+    """
+    parts, taken = list[Part](), set[int]()
+    for layer in layers:
+        if layer.weight.grad is None or layer.weight.grad.is_sparse:
+            continue
+        bias = layer.bias if layer.is_centred else None
+        past = state.get(layer.weight, {}), {} if bias is None else state.get(bias, {})
+        parts.append(Part(layer.weight, bias, layer, group_of[layer], past))
+        taken |= {id(p) for p in (layer.weight, bias) if p is not None}
+    for group in groups:
+        for p in group["params"] if group["rule"] != "sgd" else ():
+            if id(p) not in taken and p.grad is not None and not p.grad.is_sparse:
+                parts.append(Part(p, None, None, group, (state.get(p, {}), {})))
+    return parts
+
+
 def solved(
     part: Part,
     metric: Metric,
@@ -161,7 +193,7 @@ def solved(
         NotPositiveDefiniteError: from a matrix that could not be inverted.
     """
     if part.layer is None:
-        metric, with_samples = ("diagonal" if "diagonal" in metric and "kron" not in metric else "identity"), False
+        metric, with_samples = without_layer(metric), False
     if metric in ("kronecker", "kronecker_diagonal"):
         return _kronecker(part, factors, invert, product, with_samples)
     if metric == "exact":
@@ -295,6 +327,30 @@ def _exact(part: Part, factors: Pooled, invert: bool, with_samples: bool) -> Sol
     dimension: Tensor | None = part.new[0].get("dimension", part.past[0].get("dimension"))
     norms = None if dimension is None or not with_samples else lambda block: _in_blocks(dimension, block)
     return Solved(lambda g: cholesky_product(known, g), cholesky_product(known, part.gradient), True, norms)
+
+
+def shapes_of_statistics(
+    p: Tensor, layer: AffineLayer | None, values: Mapping[str, Any], block: str
+) -> dict[str, tuple[int, ...]]:
+    """What a parameter's state may look like, to tell that of another model.
+
+    Args:
+        p: the parameter.
+        layer: whose weight it is, if it is one.
+        values: its state.
+        block: of the optimizer.
+
+    Returns:
+        Shapes by the names of statistics, whether the state has these or not.
+    """
+    shape = tuple(torch.view_as_real(p).shape) if p.is_complex() else tuple(p.shape) or (1,)
+    shape = shape[::-1] if layer is not None and layer.is_embedding else shape
+    needs = dict.fromkeys(("grad_sq", "bias_row", "sample_sq", "sample_row"), shape)
+    needs["norm_sq"] = {"weight": shape, "unit": shape[:1]}.get(block, ())
+    if layer is not None and "output_factor" in values:
+        groups, q = layer.groups, math.prod(shape[1:]) + (layer.bias is not None)
+        needs["input_factor"] = (groups, q) if layer.is_embedding else (groups, q, q)
+    return needs
 
 
 def _unknown_inputs() -> RuntimeError:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["check_choice", "check_flags", "check_range", "check_sgd_settings"]
+__all__ = ["check_choice", "check_flags", "check_interval", "check_range", "check_sgd_settings"]
 
 
 def check_range(
@@ -80,3 +80,22 @@ def check_sgd_settings(group: Mapping[str, Any], where: str) -> None:
             f"nesterov=True with momentum={group['momentum']}, dampening={group['dampening']} ({where}): "
             "needs a momentum and zero dampening. Try momentum=0.9, dampening=0."
         )
+
+
+def check_interval(value: object, name: str) -> None:
+    """Check an interval between steps: a whole number of them, or a function that returns one.
+
+    Args:
+        value: the interval.
+        name: of the argument.
+
+    Raises:
+        TypeError: neither.
+        ValueError: less than 1.
+    """
+    if callable(value):
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r}: need a whole number of steps, or a function of the step.")
+    if value < 1:
+        raise ValueError(f"{name}={value}: must be in [1, inf). 1 is every step.")

@@ -29,6 +29,7 @@ __all__ = [
     "PassCounter",
     "SeenFactors",
     "averaged",
+    "captured_product",
     "factors_with_counts",
     "pooled_factors",
     "with_factors",
@@ -70,13 +71,23 @@ class CapturedProduct:
     output_grads: Tensor
     made: list[StorageWeakRef]
 
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """A copy would be of parameters whose gradients lie elsewhere: there the product is not known."""
+        return type(None), ()
+
     def is_gradient_of(self, parameters: Sequence[Tensor]) -> bool:
         """Whether p.grad holds the products still; told by structure, without looking at a number.
 
         Autograd hands the tensor that a product was written to on to ``p.grad`` if nothing else contributed. A second
         use of the weight, a penalty on it, accumulation into an earlier gradient, a hook or a clipped gradient that
         takes its place leave ``p.grad`` in another memory; changes in place raise its version. What neither tells (a
-        change through ``.data``) is found by :meth:`agrees_with`.
+        change through ``.data``, or by ``GradScaler.unscale_``) is found by :meth:`agrees_with`.
+
+        Args:
+            parameters: weight, and bias if it has a gradient.
+
+        Returns:
+            Whether they do.
         """
         grads = [p.grad for p in parameters]
         return len(grads) == len(self.made) and all(
@@ -230,6 +241,20 @@ def _product_node(y: Tensor) -> Any:
             return node
         node = node.next_functions[0][0] if type(node).__name__ in ("ViewBackward0", "UnsafeViewBackward0") else None
     return None
+
+
+def captured_product(calls: Sequence[SeenCall], parameters: Sequence[Tensor]) -> CapturedProduct | None:
+    """The parameters' gradients as a product, if one call made them and nothing else has a part in them.
+
+    Args:
+        calls: of their layer, since the last step.
+        parameters: weight, and bias if it has a gradient.
+
+    Returns:
+        The product, or None.
+    """
+    product = calls[0].product if len(calls) == 1 and isinstance(calls[0], SeenFactors) else None
+    return product if product is not None and product.is_gradient_of(parameters) else None
 
 
 def pooled_factors(calls: Sequence[SeenCall], *, mean_reduction: bool, loss_scale: float | Tensor = 1.0) -> Pooled:

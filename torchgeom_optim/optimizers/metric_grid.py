@@ -15,6 +15,7 @@ __all__ = [
     "Metric",
     "check_combination",
     "kind_of_factors",
+    "without_layer",
 ]
 
 Metric = Literal[
@@ -60,6 +61,11 @@ def kind_of_factors(metric: str, expectation: str) -> FactorKind | None:
     if metric not in OF_SAMPLES and expectation != "per_sample":
         return None
     return "moments_with_row" if metric.endswith("quasi_diagonal") or metric == "whitening" else "moments"
+
+
+def without_layer(metric: str) -> Metric:
+    """What a parameter without a layer gets in the place of a metric, as nobody sees its inputs."""
+    return "diagonal" if metric.endswith("diagonal") and "kronecker" not in metric else "identity"
 
 
 def check_combination(metric: str, block: str, expectation: str) -> None:

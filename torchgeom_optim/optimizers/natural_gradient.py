@@ -10,16 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from torchgeom_optim.geometry.capture import activations_are_not_kept
-from torchgeom_optim.geometry.metric import BLOCKS, Block, BlockValues, block_sums, scale_blocks
+from torchgeom_optim.geometry.metric import BLOCKS, Block, BlockValues, scale_blocks
 from torchgeom_optim.geometry.trust_region import inverse_lengths, network_sum
-from torchgeom_optim.optimizers.block_metrics import Part, Solved, solved
-from torchgeom_optim.optimizers.hyperparameters import check_choice, check_range, check_sgd_settings
+from torchgeom_optim.optimizers.block_metrics import Part, Solved, parts_with_gradients, shapes_of_statistics, solved
+from torchgeom_optim.optimizers.hyperparameters import check_choice, check_interval, check_range, check_sgd_settings
 from torchgeom_optim.optimizers.layer_factors import (
-    CapturedProduct,
     FactorCall,
     FactorKind,
     PassCounter,
-    SeenFactors,
+    captured_product,
     factors_with_counts,
     pooled_factors,
     with_factors,
@@ -33,10 +32,17 @@ from torchgeom_optim.optimizers.metric_grid import (
     Metric,
     check_combination,
     kind_of_factors,
+    without_layer,
 )
 from torchgeom_optim.optimizers.named_members import NamedMembers
 from torchgeom_optim.optimizers.pooled_calls import Quantity
 from torchgeom_optim.optimizers.report import RuleReport
+from torchgeom_optim.optimizers.step_lengths import (
+    Expectation,
+    average_of_steps,
+    bound_by_samples,
+    unit_sizes,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -55,17 +61,20 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
     ``norm_decay=0`` it is this step's value alone, and every block moves by exactly lr in its metric).
     The metric G and the blocks are chosen independently:
 
-    ========================  =======================================================  ================
-    ``metric``                G                                                        finest ``block``
-    ========================  =======================================================  ================
-    ``"identity"``            1                                                        ``"weight"``
-    ``"diagonal"``            running average of squared mini-batch gradients          ``"weight"``
-    ``"quasi_diagonal"``      the same, and of their products with the bias gradient   ``"unit"``
-    ``"whitening"``           mean and variance of the inputs, see WhiteningSGD        ``"unit"``
-    ``"kronecker"``           A (x) B, second moments of inputs and output gradients   ``"layer"``
-    ``"kronecker_diagonal"``  the same, of B its diagonal                              ``"unit"``
-    ``"exact"``               the layer's whole empirical Fisher matrix                ``"layer"``
-    ========================  =======================================================  ================
+    ===========================  ====================================================  ============
+    ``metric``                   G                                                     finest block
+    ===========================  ====================================================  ============
+    ``"identity"``               1                                                     ``"weight"``
+    ``"diagonal"``               average of squared mini-batch gradients               ``"weight"``
+    ``"fisher_diagonal"``        of the samples' squared gradients, the diagonal of    ``"weight"``
+                                 the empirical Fisher matrix
+    ``"quasi_diagonal"``         as "diagonal", and products with the bias gradient    ``"unit"``
+    ``"fisher_quasi_diagonal"``  as "fisher_diagonal", likewise                        ``"unit"``
+    ``"whitening"``              mean and variance of the inputs, see WhiteningSGD     ``"unit"``
+    ``"kronecker"``              A (x) B, second moments of inputs, output gradients   ``"layer"``
+    ``"kronecker_diagonal"``     the same, of B its diagonal                           ``"unit"``
+    ``"exact"``                  the layer's whole empirical Fisher matrix             ``"layer"``
+    ===========================  ====================================================  ============
 
     ``block``: ``"weight"`` (each number), ``"unit"`` (a row of the weight and its bias), ``"layer"`` or ``"network"``.
     Blocks that are finer than G's own are refused, since then g^T G^-1 g of a block would be no length; but
@@ -73,16 +82,23 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
     have constructors of their own: :meth:`rmsprop`, :meth:`normalized_sgd`, :meth:`fan_in`, :meth:`trpo`, :meth:`kfac`.
 
     Source: Lafond, Vasilache and Bottou 2017, "Diagonal rescaling for neural networks", Eq. (9) (one block), Eq. (10)
-    (``norm_decay=0``), Eq. (11), §3.4, §3.5. g is the mini-batch's gradient, in E as well; the paper bounds it by the
-    per-sample one's. Changed: its mu is called eps; where a block never had a gradient the step is 0, not 0 / 0.
+    (``norm_decay=0``), Eq. (11), §3.4, §3.5. g is the mini-batch's gradient, in E as well; with
+    ``expectation="per_sample"`` E is over the samples' own, as in the paper, whose lengths bound that of their mean.
+    Changed: its mu is called eps; where a block never had a gradient the step is 0, not 0 / 0; E over samples is
+    never taken for less than the mini-batch's own value.
 
     Statistics: each running average is initialised by its first batch, so that nothing pulls it towards 0;
     ``norm_start="zero"`` lets E start at zero instead, as RMSProp does. G includes the present batch. Factors and
     exact matrices come from the output gradients of the user's own loss (empirical Fisher, samples' gradients: the
     division by N of a mean loss and ``loss_scale`` are undone); of many patches of a convolution every k-th is used.
 
-    Damping: a share of the layer's own mean, so that units do not matter. "diagonal": G + damping mean(G).
-    "quasi_diagonal": of each unit's diagonal. "whitening": of the inputs' variances, together with WhiteningSGD's drift
+    Speed: a linear layer's gradient is a product g^T [a, 1] of what the layer saw. Where ``p.grad`` is still that
+    product, G^-1 of it is taken as (B^-1 g^T)([a, 1] A^-1), if that is less work: same result to rounding. Told by
+    structure (one call, memory and version as autograd left them), and by a product at steps that take inverses;
+    gradients that are accumulated, clipped, unscaled, reduced over processes or changed by a hook go the long way.
+
+    Damping: a share of the layer's own mean, so that units do not matter. Diagonals: G + damping mean(G).
+    Quasi-diagonals: of each unit's diagonal. "whitening": of the inputs' variances, together with WhiteningSGD's drift
     guard. Kronecker: the pi-split of Martens and Grosse 2015, §6.3, of damping * mean(diag A) mean(diag B). "exact":
     of its mean diagonal. A matrix that is not positive definite even so is an error, before anything has changed. Where
     G is zero to rounding (dead units, a loss that is met) diagonal metrics take no step, matrices are taken for 1.
@@ -90,7 +106,7 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
     weights, so let lr decay.
 
     Without a layer of their own (norm layers, bare parameters, attention's packed projection, everything if no model is
-    given) parameters take the metric "identity" ("diagonal" if that is asked for), each one as a layer of its own.
+    given) parameters take the metric "identity", or "diagonal" in place of the diagonals, each as a layer of its own.
     Sparse gradients are left as SGD takes them. :meth:`report` says which parameter gets what.
 
     Several processes (DistributedDataParallel, ``fully_shard`` of FSDP2): what layers have seen is averaged over all of
@@ -99,8 +115,9 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
     part: statistics are not sharded, momentum is. Build the optimizer after ``fully_shard``. Where batches differ in
     size, let each process weigh its loss by its share of the samples times the number of processes.
 
-    Memory beside momentum: one number per block for E; "diagonal" one per weight, "quasi_diagonal" two; "whitening" two
-    vectors per layer; Kronecker 2 (q^2 + m^2) per layer with q inputs of a patch; "exact" 2 (m q)^2.
+    Memory beside momentum: one number per block for E; diagonals one per weight, quasi-diagonals two; "whitening" two
+    vectors per layer; Kronecker 2 (q^2 + m^2) per layer with q inputs of a patch, and until the step the inputs and
+    output gradients of linear layers with fewer samples than either; "exact" 2 (m q)^2.
 
     Args:
         params: a model, or parameters or groups of them; groups may set everything from lr to maximize, and
@@ -114,9 +131,11 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
         norm_decay: weight of the past in E, in [0, 1). "auto" is 0 for Kronecker and exact metrics, as an average over
             values in the metrics of before misleads when inverses are taken anew, and 0.95 for the others.
         norm_start: "first" or "zero".
-        expectation: "average", or "fan_in": with E = sqrt(n s)^2 in its place, as §3.5 finds it for inputs and output
-            gradients of unit size (n weights per unit, applied at s positions); blocks must be units then, and
-            parameters without a layer take a plain gradient step.
+        expectation: "average"; "per_sample", where the average is that of the metric's own statistics (``decay``; at no
+            cost for metrics made of samples' gradients, for others it has to look at these), for Kronecker and exact
+            metrics their effective dimension, tr(G^-1 F); or "fan_in": with E = sqrt(n s)^2 in its place, as §3.5 finds
+            it for inputs and output gradients of unit size (n weights per unit, applied at s positions); blocks must be
+            units then, and parameters without a layer take a plain gradient step.
         decay: weight of the past in the averages that make G, in [0, 1).
         damping: see above, in [0, inf); "auto" is 1 for Kronecker and exact metrics, of which training with 0.01
             diverged in trials, and 0.01 for the others.
@@ -127,12 +146,14 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
         dampening: as in SGD.
         nesterov: as in SGD.
         weight_decay: decoupled: weights shrink by lr * weight_decay before each step; in [0, inf).
-        loss_reduction: "mean" or "sum": how the loss treats samples; used by Kronecker and exact metrics.
+        loss_reduction: "mean" or "sum": how the loss treats samples; used by metrics made of samples' gradients.
         loss_scale: a number, or a function such as ``scaler.get_scale``, by which the loss was multiplied; same use.
         maximize: ascend.
         foreach: as in SGD.
         process_group: the processes that train the model together; None takes those of DistributedDataParallel or
             ``fully_shard`` if the model is in one, else the default group.
+        error_if_nonfinite: whether a step refuses gradients that are NaN or infinite, which waits for the device; None
+            does so on the CPU. Else they end in weights and statistics, as in torch.optim; a GradScaler skips them.
 
     Raises:
         ValueError: a hyper-parameter out of its range, a metric that couples the wanted blocks, or parameters that
@@ -140,6 +161,7 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
         TypeError: a value of the wrong type.
         RuntimeError: at :meth:`step`, when a layer's inputs are needed and no pass with gradients went through it.
         NotPositiveDefiniteError: at :meth:`step`; nothing was changed.
+        FloatingPointError: at :meth:`step`: gradients that are not finite; nothing was changed.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
@@ -190,7 +212,7 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
         eps: float = 1e-16,
         norm_decay: float | Literal["auto"] = "auto",
         norm_start: Literal["first", "zero"] = "first",
-        expectation: Literal["average", "per_sample", "fan_in"] = "average",
+        expectation: Expectation = "average",
         decay: float = 0.95,
         damping: float | Literal["auto"] = "auto",
         factor_interval: Interval = 1,
@@ -204,6 +226,7 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
         maximize: bool = False,
         foreach: bool | None = None,
         process_group: ProcessGroup | None = None,
+        error_if_nonfinite: bool | None = None,
     ) -> None:
         once = {
             "metric": metric,
@@ -220,7 +243,8 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
         if metric == "kronecker" and block == "unit":
             metric = "kronecker_diagonal"
         check_combination(metric, block, expectation)
-        _check_intervals(factor_interval=factor_interval, inverse_interval=inverse_interval)
+        check_interval(factor_interval, "factor_interval")
+        check_interval(inverse_interval, "inverse_interval")
         if not callable(loss_scale) and not 0.0 < float(loss_scale) < math.inf:
             raise ValueError(
                 f"loss_scale={loss_scale}: must be in (0, inf). Try scaler.get_scale, or 1 without a scaler."
@@ -246,7 +270,7 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
             "decay": decay,
             "damping": damping,
         }
-        super().__init__(params, defaults, model, process_group)
+        super().__init__(params, defaults, model, process_group, error_if_nonfinite)
 
     # -- what LayerwiseOptimizer asks for --------------------------------------------------------------------------
 
@@ -318,7 +342,7 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
 
     def _directions(self, layers: list[AffineLayer]) -> dict[int, Tensor]:
         kind: Block = "layer" if self.block == "network" else self.block
-        parts = self._parts(layers)
+        parts = parts_with_gradients(layers, self._group_of, self.param_groups, self.state)
         found = [self._solved(part) for part in parts]  # may raise; nothing has changed so far
         norms = [self._norms(part, solution, kind) for part, solution in zip(parts, found, strict=True)]
         if self.block == "network" and norms:
@@ -335,22 +359,6 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
             self._has_foreign_momentum = any("gradient_momentum" in values for values in self.state.values())
         return directions
 
-    def _parts(self, layers: list[AffineLayer]) -> list[Part]:
-        """Everything that has a gradient and is not left to SGD; layers first."""
-        parts, taken = list[Part](), set[int]()
-        for layer in layers:
-            if layer.weight.grad is None or layer.weight.grad.is_sparse:
-                continue
-            bias = layer.bias if layer.is_centred else None
-            past = self.state.get(layer.weight, {}), {} if bias is None else self.state.get(bias, {})
-            parts.append(Part(layer.weight, bias, layer, self._group_of[layer], past))
-            taken |= {id(p) for p in (layer.weight, bias) if p is not None}
-        for group in self.param_groups:
-            for p in group["params"] if group["rule"] != "sgd" else ():
-                if id(p) not in taken and p.grad is not None and not p.grad.is_sparse:
-                    parts.append(Part(p, None, None, group, (self.state.get(p, {}), {})))
-        return parts
-
     def _solved(self, part: Part) -> Solved:
         layer = part.layer
         if layer is None or self._kind is None:
@@ -358,53 +366,22 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
         scale = self._loss_scale() if callable(self._loss_scale) else self._loss_scale
         factors = pooled_factors(layer.calls, mean_reduction=self._loss_reduction == "mean", loss_scale=scale)
         invert = self.metric in WITH_MATRICES and self._is_due(layer, self._inverse_interval)
-        product = self._captured_product(part, invert) if scale is self._loss_scale and scale == 1.0 else None
+        product = None
+        if scale is self._loss_scale and scale == 1.0 and not part.past[0].get("is_edited"):  # else one may unscale
+            product = captured_product(layer.calls, [p for p, _, _ in part.parameters])
+        if invert and product is not None and not product.agrees_with(part.gradient.weight):
+            part.new[0]["is_edited"], product = True, None
         part.new[0]["step"] = part.past[0].get("step", 0) + 1
         with_samples = self._expectation == "per_sample"
         return solved(part, self.metric, factors, invert=invert, product=product, with_samples=with_samples)
 
-    def _captured_product(self, part: Part, check: bool) -> CapturedProduct | None:
-        """The gradient as a product of what the layer's one call saw, unless something else has a part in it."""
-        calls = [] if part.layer is None else part.layer.calls
-        if len(calls) != 1 or not isinstance(calls[0], SeenFactors) or part.past[0].get("is_edited"):
-            return None
-        product = calls[0].product
-        if product is None or not product.is_gradient_of([p for p, _, _ in part.parameters]):
-            return None
-        if check and not product.agrees_with(part.gradient.weight):  # when one waits for the device anyway
-            part.new[0]["is_edited"] = True
-            return None
-        return product
-
     def _norms(self, part: Part, solution: Solved, kind: Block) -> BlockValues:
         """E of every block."""
         if self._expectation == "fan_in":
-            units = part.gradient.weight.new_ones(len(part.gradient.weight))
-            if part.layer is None:
-                return (units,)
-            sharing = part.layer.sharing() if part.layer.calls else part.past[0]["sharing"]
-            part.new[0]["sharing"] = sharing
-            return (units / part.layer.fan_in_scale(sharing) ** 2,)
-        g, u, decay = part.gradient, solution.direction, part.group["norm_decay"]
-        if solution.sample_norms is not None:  # a mean over samples is never less than that of their mean gradient
-            both = zip(solution.sample_norms(kind), block_sums(g, u, kind), strict=True)
-            return tuple(torch.maximum(of_samples, of_batch) for of_samples, of_batch in both)
-        start = 1 - decay if self._norm_start == "zero" else 1.0
-        if kind == "weight" and decay > 0:
-            weight = part.average_product(0, "norm_sq", g.weight, u.weight, decay, start)
-            if g.bias is None or u.bias is None:
-                return (weight,)
-            return weight, part.average_product(1, "norm_sq", g.bias, u.bias, decay, start)
-        values = block_sums(g, u, kind)
-        if decay == 0:
-            return values
-        averages = []
-        for (_, past, new), now in zip(part.parameters, values, strict=False):
-            before = past.get("norm_sq")
-            now = now * start if before is None else torch.lerp(before.to(now.dtype), now, 1 - decay)
-            new["norm_sq"] = now
-            averages.append(now)
-        return tuple(averages)
+            return unit_sizes(part)
+        if solution.sample_norms is not None:
+            return bound_by_samples(part, solution, kind)
+        return average_of_steps(part, solution, kind, from_zero=self._norm_start == "zero")
 
     def _take_over_momentum(self, part: Part, solution: Solved, factors: BlockValues, kind: Block) -> None:
         """Put momentum of a run with torch.optim.SGD, which averages gradients, into our coordinates."""
@@ -434,12 +411,14 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
         Returns:
             Rows (name, shape, rule, note); ``print`` shows them as a table.
         """
-        own = self.metric if self.metric == "diagonal" else "identity"
-        rows = []
-        groups = [group for group in self.param_groups for _ in group["params"]]
-        for row, group in zip(super().report(), groups, strict=True):
+        own, rows = without_layer(self.metric), []
+        edited = {p for p, values in self.state.items() if values.get("is_edited")}
+        owners = [(p, group) for group in self.param_groups for p in group["params"]]
+        for row, (p, group) in zip(super().report(), owners, strict=True):
             if row.rule == "sgd" and group["rule"] != "sgd":
                 row = row._replace(rule=own)
+            if p in edited:
+                row = row._replace(note="; ".join(filter(None, (row.note, "gradients are changed through .data"))))
             rows.append(row)
         return RuleReport(rows)
 
@@ -447,15 +426,7 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
         super()._check_shapes(state)
         layers = {layer.weight: layer for layer in self._layers}
         for p, values in state.items():
-            shape = tuple(torch.view_as_real(p).shape) if p.is_complex() else tuple(p.shape) or (1,)
-            layer = layers.get(p)
-            shape = shape[::-1] if layer is not None and layer.is_embedding else shape
-            needs = {"grad_sq": shape, "bias_row": shape}
-            needs["norm_sq"] = {"weight": shape, "unit": shape[:1]}.get(self.block, ())
-            if layer is not None and "output_factor" in values:
-                groups, q = layer.groups, math.prod(shape[1:]) + (layer.bias is not None)
-                needs["input_factor"] = (groups, q) if layer.is_embedding else (groups, q, q)
-            for key, need in needs.items():
+            for key, need in shapes_of_statistics(p, layers.get(p), values, self.block).items():
                 value = values.get(key)
                 if isinstance(value, Tensor) and tuple(value.shape) != need:
                     raise ValueError(
@@ -464,16 +435,8 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
                         "in another order. Nothing was changed."
                     )
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a checkpoint of the same metric, or of ``torch.optim.SGD``.
-
-        Args:
-            state_dict: what :meth:`state_dict` returned.
-
-        Raises:
-            ValueError: a checkpoint of another metric, of a newer version, or tensors that do not fit the parameters;
-                nothing was changed.
-        """
+    def _adapted(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """A checkpoint of the same metric, or of ``torch.optim.SGD``; raises if it is of another metric."""
         rules = {group.get("rule", self.metric) for group in state_dict["param_groups"]} - {"sgd", self.metric}
         if rules:
             raise ValueError(
@@ -486,18 +449,8 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
                 for index in saved["params"]:
                     if "momentum_buffer" in state.get(index, {}):
                         state[index]["gradient_momentum"] = state[index].pop("momentum_buffer")
-        super().load_state_dict({**state_dict, "state": state})
+        return {**state_dict, "state": state}
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything that a copy or a pickle needs."""
         return {**super().__getstate__(), **{name: getattr(self, name) for name in self._settings}}
-
-
-def _check_intervals(**intervals: Any) -> None:
-    for name, value in intervals.items():
-        if callable(value):
-            continue
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}={value!r}: need a whole number of steps, or a function of the step.")
-        if value < 1:
-            raise ValueError(f"{name}={value}: must be in [1, inf). 1 is every step.")
