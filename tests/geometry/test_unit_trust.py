@@ -33,5 +33,5 @@ def test_directions_of_zero_have_a_finite_scale():
 
 
 def test_the_floor_is_a_share_of_the_layer_and_of_its_inputs():
-    spread = torch.tensor([1.0, 3.0], dtype=torch.float64)
-    torch.testing.assert_close(spread_floor(spread, torch.tensor(5.0).double()).item(), 0.02 + 5e-4, rtol=1e-12, atol=0)
+    floors = spread_floor(torch.tensor([2.0, 0.0]).double(), torch.tensor([5.0, 3.0]).double())
+    torch.testing.assert_close(floors, torch.tensor([0.02 + 5e-4, 3e-4], dtype=torch.float64), **tolerance())

@@ -68,7 +68,8 @@ class TrustedReference(Reference):
         for module in self.model.modules():
             if isinstance(module, LAYERS):
                 x, y = seen[module]
-                few = x[:: max(len(x) // (4 if y.dim() == 4 else 16), 1)][: 4 if y.dim() == 4 else 16]
+                number = 2 if y.dim() == 4 else 16
+                few = x[:: len(x) // number][:number]
                 outputs = outputs_by_row(module, y)
                 moved = copy.deepcopy(module)
                 moved.weight.copy_(directions[module.weight])
@@ -81,6 +82,7 @@ class TrustedReference(Reference):
             elif isinstance(module, NORMS):
                 change = directions[module.weight].square() + directions[module.bias].square()
                 sigma_sq = 0.01 * (module.weight.square() + 0.01)
+                sigma_sq = sigma_sq + 0.01 * sigma_sq.mean()
             else:
                 continue
             scale = self._scale(module.weight, change, sigma_sq)
@@ -90,7 +92,7 @@ class TrustedReference(Reference):
                     directions[p] = torch.stack([scale[j] * directions[p][j] for j in range(len(scale))])
         for p, d in directions.items():
             if p not in covered:
-                d = d * self._scale(p, d.square().mean()[None], p.square().mean()[None] + 1e-4)
+                d = d * self._scale(p, d.square().mean()[None], 1.01 * (p.square().mean()[None] + 1e-4))
             p.sub_(self.lr * (d + self.hyper["weight_decay"] * p))
 
     def _input_sq(self, layer: nn.Module, x: Tensor) -> Tensor:

@@ -9,7 +9,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Moments", "at_least_float32", "channel_moments", "one_hot_moments", "pooled_moments", "running_moments"]
+__all__ = [
+    "Moments",
+    "at_least_float32",
+    "channel_moments",
+    "moments_of",
+    "one_hot_moments",
+    "pooled_moments",
+    "running_moments",
+    "sampled",
+]
 
 # More observations per channel do not sharpen an average over steps: positions of one sample are correlated.
 _ENOUGH_OBSERVATIONS = 4096
@@ -57,18 +66,35 @@ def channel_moments(x: Tensor, channel_dim: int = -1) -> Moments:
         >>> channel_moments(torch.tensor([[1.0, 5.0], [3.0, 5.0]])).variance
         tensor([1., 0.])
     """
+    return moments_of(sampled(x, channel_dim))
+
+
+def sampled(x: Tensor, channel_dim: int = -1) -> Tensor:
+    """The observations that :func:`channel_moments` goes by, as a view where that is possible.
+
+    Args:
+        x: as there.
+        channel_dim: as there.
+
+    Returns:
+        Shape [observations, n], or [samples, n, positions].
+    """
     x = x.detach()
     channel_dim %= x.dim()
     if channel_dim == x.dim() - 1 < 2:
-        return _moments(at_least_float32(x.reshape(-1, x.shape[-1])), (0,))
+        return x.reshape(-1, x.shape[-1])
     n, num_samples = x.shape[channel_dim], len(x) if channel_dim > 0 else 1
     num_positions = x.numel() // max(n * num_samples, 1)
     stride = _position_stride(num_samples, num_positions, x.shape[-2 if channel_dim == x.dim() - 1 else -1])
     if x.stride(channel_dim) == 1 or channel_dim > 1:
         x = x.movedim(channel_dim, -1).reshape(num_samples, -1, n)  # a view also of a channels-last image
-        return _moments(at_least_float32(x[:, ::stride].flatten(0, 1)), (0,))
-    x = x.reshape(num_samples, n, -1)
-    return _moments(at_least_float32(x[:, :, ::stride]), (0, 2))
+        return x[:, ::stride].flatten(0, 1)
+    return x.reshape(num_samples, n, -1)[:, :, ::stride]
+
+
+def moments_of(observations: Tensor) -> Moments:
+    """Moments of each channel over observations as :func:`sampled` returns them, in float32 or better."""
+    return _moments(at_least_float32(observations), (0,) if observations.dim() == 2 else (0, 2))
 
 
 def _moments(x: Tensor, axes: tuple[int, ...]) -> Moments:

@@ -26,17 +26,17 @@ FLAT_SHARE = 0.01
 _STILL_SHARE = 1e-4
 
 
-def spread_floor(spread_sq: Tensor, input_sq: Tensor | float) -> Tensor:
+def spread_floor(mean_spread_sq: Tensor, input_sq: Tensor) -> Tensor:
     """What is added to sigma_j^2, so that a unit that computes a constant can move.
 
     Args:
-        spread_sq: sigma_j^2 of one layer, [m].
-        input_sq: mean of its inputs' E[x_i^2] or variances, a scalar.
+        mean_spread_sq: mean_j sigma_j^2 over a layer.
+        input_sq: mean of its inputs' variances, or of E[x_i^2] where they are not centred.
 
     Returns:
-        0.01 mean_j sigma_j^2 + 1e-4 input_sq, a scalar.
+        0.01 mean_j sigma_j^2 + 1e-4 input_sq. Elementwise: numbers of several layers may be joined.
     """
-    return spread_sq.mean().mul_(FLAT_SHARE).add_(input_sq, alpha=_STILL_SHARE)
+    return (mean_spread_sq * FLAT_SHARE).add_(input_sq, alpha=_STILL_SHARE)
 
 
 def relative_change(change_sq: Tensor, expected_change_sq: Tensor, spread_sq: Tensor) -> Tensor:

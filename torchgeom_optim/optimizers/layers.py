@@ -15,8 +15,10 @@ from torchgeom_optim.geometry.moments import (
     Moments,
     at_least_float32,
     channel_moments,
+    moments_of,
     one_hot_moments,
     pooled_moments,
+    sampled,
 )
 from torchgeom_optim.geometry.reparametrization import fan_in_scale, reparametrized_gradient
 from torchgeom_optim.optimizers.distributed import (
@@ -34,7 +36,7 @@ __all__ = ["AffineLayer", "LayerCall", "Probe", "SeenCall", "find_affine_layers"
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _KNOWN_LAYERS = (nn.Linear, *_CONVOLUTIONS, nn.Embedding)
 # Of how many inputs of a step it is measured what a direction does to the outputs: images have many positions each.
-_PROBED_ROWS, _PROBED_IMAGES, _PROBED_CALLS = 16, 4, 4
+_PROBED_ROWS, _PROBED_IMAGES, _PROBED_CALLS = 16, 2, 4
 
 
 class Probe(NamedTuple):
@@ -100,8 +102,9 @@ class LayerCall:
         self._module = module
         self._probing = probing if len(layer.calls) < _PROBED_CALLS else 0
         self._probes: tuple[Probe, ...] = ()
-        # Now, as an activation may change the output in place.
-        self._output_moments = channel_moments(y, layer.channel_axis) if probing else None
+        # A copy of some, as an activation may change the output in place.
+        self._outputs = sampled(y, layer.channel_axis).clone() if probing else None
+        self._output_moments: Moments | None = None
         self._counted = False
         self._open_calls = open_calls
         open_calls.append(weakref.ref(self))
@@ -115,6 +118,8 @@ class LayerCall:
             self._moments = one_hot_moments(x, len(layer.weight), layer.weight.dtype)
         else:
             self._moments = channel_moments(x, layer.channel_axis)
+        if self._outputs is not None:
+            self._output_moments, self._outputs = moments_of(self._outputs), None
         if self._probing:
             self._probes = (Probe(self._module, _some_rows(x, layer, self._probing)),)
 
@@ -277,22 +282,20 @@ class AffineLayer:
         Returns:
             r^2 of shape [m], and the number of samples; None and 0 without a probe.
         """
+        parts: list[tuple[Tensor, int]] = []
         weight = directions.get(id(self.weight))
-        total: Tensor | None = None
-        count = 0
         for module, x in (probe for call in self.calls for probe in call.probes):
             bias = module._parameters.get("bias")
             bias_step = None if bias is None else directions.get(id(bias))
-            if weight is None:
-                change_sq = None if bias_step is None else at_least_float32(bias_step).square()
-            else:
+            if weight is not None:
                 change = at_least_float32(self._applied(module, x, weight, bias_step))
-                axes = [0, *range(2, change.dim())]
-                change_sq = torch.linalg.vector_norm(change, dim=axes).square_().div_(change.numel() // change.shape[1])
-            if change_sq is not None:
-                weighted = change_sq * len(x)
-                total, count = weighted if total is None else total + weighted, count + len(x)
-        return None if total is None else total / count, count
+                parts.append((change.square_().mean([0, *range(2, change.dim())]), len(x)))
+            elif bias_step is not None:
+                parts.append((at_least_float32(bias_step).square(), len(x)))
+        if len(parts) <= 1:
+            return parts[0] if parts else (None, 0)
+        count = sum(number for _, number in parts)
+        return torch.stack([part * (number / count) for part, number in parts]).sum(0), count
 
     def _applied(self, module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.is_embedding:
@@ -330,24 +333,20 @@ class AffineLayer:
         output_scale: Tensor | float,
     ) -> tuple[Tensor | None, Tensor | None]:
         # Each process computes its own rows; gradients that are sharded in another way are brought together.
-        grads = weight_grad, bias_grad
-        if self.groups > 1 or not all(g is None or is_sharded_by_rows(g) for g in grads):
-            # Of a part it is not known, say, which group a row belongs to.
-            complete = (None if g is None else whole(g) for g in grads)
-            steps, back = self.reparametrize(*complete, input_mean, scale, output_scale), part_like
-        else:
-            like = next(g for g in grads if g is not None)
-            if self.is_embedding and isinstance(scale, Tensor):
-                scale = local_part(part_like(scale, like))
-            elif isinstance(output_scale, Tensor) and not self.is_embedding:
-                output_scale = local_part(part_like(output_scale, like))
-            steps, back = tuple(None if g is None else local_part(g) for g in grads), with_local
-            if steps[0 if weight_grad is not None else 1].numel() > 0:  # else there are fewer rows than processes
-                steps = self.reparametrize(*steps, input_mean, scale, output_scale)
-        weight_step, bias_step = (
-            None if s is None or g is None else back(s, g) for g, s in zip(grads, steps, strict=True)
+        grads = [g for g in (weight_grad, bias_grad) if g is not None]
+        by_rows = self.groups == 1 and all(is_sharded_by_rows(g) for g in grads)  # else a row's group is not known
+        there, back = (local_part, with_local) if by_rows else (whole, part_like)
+        if by_rows and self.is_embedding and isinstance(scale, Tensor):
+            scale = local_part(part_like(scale, grads[0]))
+        elif by_rows and isinstance(output_scale, Tensor) and not self.is_embedding:
+            output_scale = local_part(part_like(output_scale, grads[0]))
+        steps = None if weight_grad is None else there(weight_grad), None if bias_grad is None else there(bias_grad)
+        if not by_rows or local_part(grads[0]).numel() > 0:  # else there are fewer rows than processes
+            steps = self.reparametrize(*steps, input_mean, scale, output_scale)
+        return (
+            None if weight_grad is None or steps[0] is None else back(steps[0], weight_grad),
+            None if bias_grad is None or steps[1] is None else back(steps[1], bias_grad),
         )
-        return weight_step, bias_step
 
 
 def find_affine_layers(

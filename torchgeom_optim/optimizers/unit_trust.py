@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -34,7 +35,8 @@ class TrustedBlock:
         owner: the parameter in whose state the block's numbers are kept.
         parts: each parameter, and the axis of its direction along which the units lie; None scales it as a whole.
         change_sq: r_j^2 of the directions, [m].
-        spread_sq: sigma_j^2, floored.
+        spread_sq: sigma_j^2.
+        input_sq: mean square of what the units look at, for the floor of sigma_j^2; 0 where there is no such thing.
         num_samples: that r_j was measured on in this process, maybe none; None for what is known without measuring.
     """
 
@@ -42,6 +44,7 @@ class TrustedBlock:
     parts: list[tuple[Tensor, int | None]]
     change_sq: Tensor
     spread_sq: Tensor
+    input_sq: Tensor
     num_samples: int | None = None
 
 
@@ -67,7 +70,7 @@ def layer_block(
         return None
     complete = {id(p): whole(directions[id(p)]) for p, _ in parts}
     if (spread := layer.output_spread_sq()) is not None:
-        state["spread_sq"] = spread + spread_floor(spread, input_sq)
+        state["spread_sq"] = spread
     change_sq, num_samples = layer.measured_change(complete)
     if change_sq is None and layer.is_called_elsewhere:
         change_sq = torch.zeros_like(state["spread_sq"])  # and counts for nothing
@@ -75,7 +78,7 @@ def layer_block(
         change_sq, num_samples = state.get("change_sq"), None
     if change_sq is None or "spread_sq" not in state:
         return None
-    return TrustedBlock(layer.weight, parts, change_sq, state["spread_sq"], num_samples)
+    return TrustedBlock(layer.weight, parts, change_sq, state["spread_sq"], input_sq, num_samples)
 
 
 def find_norms(model: nn.Module | None) -> dict[Tensor, Tensor | None]:
@@ -105,7 +108,7 @@ def norm_block(weight: Tensor, bias: Tensor | None, directions: Mapping[int, Ten
     squares = [at_least_float32(whole(directions[id(p)])).square() for p in stepped]
     change_sq = (squares[0] if len(squares) == 1 else squares[0] + squares[1]).reshape(-1)
     spread_sq = at_least_float32(whole(weight).detach()).square().reshape(-1).add_(_NORM_FLOOR).mul_(_NORM_SHARE**2)
-    return TrustedBlock(weight, [(p, 0) for p in stepped], change_sq, spread_sq)
+    return TrustedBlock(weight, [(p, 0) for p in stepped], change_sq, spread_sq, spread_sq.new_zeros(()))
 
 
 def bare_block(parameter: Tensor, directions: Mapping[int, Tensor]) -> TrustedBlock:
@@ -121,12 +124,8 @@ def bare_block(parameter: Tensor, directions: Mapping[int, Tensor]) -> TrustedBl
         The block.
     """
     change, own = (at_least_float32(whole(p.detach())) for p in (directions[id(parameter)], parameter))
-    return TrustedBlock(
-        parameter,
-        [(parameter, None)],
-        change.square().mean().reshape(1),
-        own.square().mean().add_(_BARE_FLOOR).reshape(1),
-    )
+    change_sq, own_sq = change.square().mean().reshape(1), own.square().mean().reshape(1)
+    return TrustedBlock(parameter, [(parameter, None)], change_sq, own_sq.add_(_BARE_FLOOR), own_sq.new_zeros(()))
 
 
 def scale_blocks(
@@ -157,21 +156,39 @@ def scale_blocks(
         for row, mean in zip(measured, means, strict=True):
             row.change_sq = mean
         # The vectors of all blocks are joined, so that the number of operations hardly grows with that of the layers.
-        sizes = [row.change_sq.numel() for row in rows]
+        sizes = tuple(row.change_sq.numel() for row in rows)
         change_sq = torch.cat([row.change_sq for row in rows])
-        past = torch.cat([_past(state_of(row.owner), row.change_sq) for row in rows])
-        expected = past.lerp_(change_sq, 1 - decay)
-        relative = relative_change(change_sq, expected, torch.cat([row.spread_sq for row in rows]))
-        floors = torch.stack([part.mean() for part in relative.split(sizes)]).mul_(FLAT_SHARE)
-        scale = bound(
-            unit_scale(
-                relative, floors.repeat_interleave(torch.tensor(sizes, device=floors.device), output_size=len(relative))
-            )
-        )
+        layers = _Segments(sizes, change_sq)
+        expected = torch.cat([_past(state_of(row.owner), row.change_sq) for row in rows]).lerp_(change_sq, 1 - decay)
+        spread_sq = torch.cat([row.spread_sq for row in rows])
+        floors = spread_floor(layers.means(spread_sq), torch.stack([row.input_sq for row in rows]))
+        relative = relative_change(change_sq, expected, spread_sq + layers.spread(floors))
+        scale = bound(unit_scale(relative, layers.spread(layers.means(relative).mul_(FLAT_SHARE))))
         for row, own, factor in zip(rows, expected.split(sizes), scale.split(sizes), strict=True):
             state_of(row.owner)["change_sq"] = own
             for parameter, axis in row.parts:
                 directions[id(parameter)] = _scaled(directions[id(parameter)], factor, axis)
+
+
+class _Segments:
+    """Vectors of several layers in a row: means over each, and numbers of each for all of its entries."""
+
+    def __init__(self, sizes: tuple[int, ...], like: Tensor) -> None:
+        self._place, self._share = _places(sizes, like.dtype, like.device)
+        self._number = len(sizes)
+
+    def means(self, joined: Tensor) -> Tensor:
+        return joined.new_zeros(self._number).index_add_(0, self._place, joined * self._share)
+
+    def spread(self, numbers: Tensor) -> Tensor:
+        return numbers.index_select(0, self._place)
+
+
+@lru_cache(maxsize=32)
+def _places(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    lengths = torch.tensor(sizes)
+    place = torch.arange(len(sizes)).repeat_interleave(lengths)
+    return place.to(device), lengths.to(dtype).reciprocal().repeat_interleave(lengths).to(device)
 
 
 def _past(state: Mapping[str, Any], change_sq: Tensor) -> Tensor:
