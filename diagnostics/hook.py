@@ -233,10 +233,8 @@ class Diagnostics:
         return plots.dashboard(self.history, **options)
 
     def __repr__(self) -> str:
-        state = "attached" if self.is_attached else "not attached"
-        return (
-            f"Diagnostics({type(self._model).__name__}, {state}, {len(self.history)} records, metrics={self.metrics})"
-        )
+        state = f"{'' if self.is_attached else 'not '}attached, {len(self.history)} records"
+        return f"Diagnostics({type(self._model).__name__}, {state}, metrics={self.metrics})"
 
     # The loop
 
@@ -291,21 +289,23 @@ class Diagnostics:
         measurement = self._new_measurement()
         if observed.loss is not None:
             measurement.loss = float(observed.loss)
-        batch, scale = observed.batch(), math.nan
+        scale = math.nan if observed.scale is None else float(observed.scale)
+        batch = Batch(())
         try:
+            batch = observed.batch()
             measurement.batch_size = batch.num_samples
-            scale = float(observed.scale) if observed.scale is not None else math.nan
             if self._reduction == "sum":
                 measurement.loss /= measurement.batch_size
         except (TypeError, ValueError) as error:
             measurement.note(f"the batch: {error}")
+            observed.loss_fn = None
         if observed.num_losses != 1:
             measurement.note(f"the criterion was called {observed.num_losses} times on one pass: not measured")
             return measurement
         if observed.loss_fn is None:
             measurement.note(
-                "the criterion's input is not what the model returned: only what the backward pass shows is measured; "
-                "put what lies between into the model or the criterion"
+                "the criterion's input is not what the model returned, or the batch is not all tensors: only what the "
+                "backward pass shows is measured; put what lies between into the model or the criterion"
             )
         self._gather(measurement, batch, observed.loss_fn, scale, observed)
         if self._needs_gradient and self._optimizer is None and math.isfinite(scale) and scale:

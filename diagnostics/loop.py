@@ -104,10 +104,23 @@ class ObservedPass:
     is_queued: bool = False
 
     def batch(self) -> Batch:
-        """Inputs and targets; arguments by position and by name become arguments by name."""
-        if self.args and self.kwargs and self.signature is not None:
-            return Batch(dict(self.signature.bind(*self.args, **self.kwargs).arguments), self.targets)
-        return Batch.of_call(self.args, self.kwargs, self.targets)
+        """Inputs and targets; where some arguments came by position and some by name, all go by name.
+
+        Returns:
+            The batch.
+
+        Raises:
+            TypeError: they cannot, since the model takes ``*args``.
+        """
+        if not (self.args and self.kwargs and self.signature is not None):
+            return Batch.of_call(self.args, self.kwargs, self.targets)
+        named: dict[str, Any] = {}
+        for name, value in self.signature.bind(*self.args, **self.kwargs).arguments.items():
+            kind = self.signature.parameters[name].kind
+            if kind is inspect.Parameter.VAR_POSITIONAL:
+                raise TypeError(f"the model takes *{name}: it must be called by position alone, or by name alone.")
+            named.update(value if kind is inspect.Parameter.VAR_KEYWORD else {name: value})
+        return Batch(named, self.targets)
 
 
 class LoopWatch:
