@@ -118,3 +118,19 @@ def test_a_model_that_was_compiled_too_early_is_not_trained_by_another_rule(case
     torch.compiler.reset()  # the advice helps
     train(compiled, optimizer, [x])
     assert not torch.equal(model.conv.weight, before.conv.weight)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("case", list({case.optimizer: case for case in OPTIMIZER_CASES[-3::-1]}.values()), ids=repr)
+def test_a_compiled_step_is_the_step(case: OptimizerCase):
+    """Compiled in parts: what looks at the calls of layers, and what asks for a number, stays outside of the graphs."""
+    torch.compiler.reset()
+    eager, other, batches = small_net(), small_net(), small_batches(3)
+    train(eager, case(eager), batches)
+    optimizer = case(other)
+    step = torch.compile(optimizer.step, backend="eager")
+    for x in batches:
+        optimizer.zero_grad()
+        mean_loss(other(x)).backward()
+        step()
+    assert_same_parameters(other, eager, rtol=1e-5, atol=1e-6)

@@ -97,7 +97,7 @@ class ProblemOfTwoGroups(Problem):
     """With a learning rate of its own for the bias."""
 
     def groups(self) -> list[Any]:
-        return [{"params": [self.layer.weight]}, {"params": [self.layer.bias], "lr": 0.01}]
+        return [{"params": [self.layer.weight]}, {"params": [self.layer.bias], "lr": 1e-4}]
 
 
 ERRORS = [(info, given) for info in INFOS for given in info.optim_error_inputs_func("cpu", torch.float32)]

@@ -84,7 +84,7 @@ class Ranks:
             parts = torch._foreach_mul([tensors[place].reshape(-1) for place in places], weights)
             total = torch.cat([*parts, parts[0].new_tensor(weights)])
             self._reduce(total, distributed.ReduceOp.SUM)
-            *sums, counted = total.split([part.numel() for part in parts] + [len(parts)])
+            *sums, counted = torch.split(total, [part.numel() for part in parts] + [len(parts)])
             shares = counted.clamp(min=torch.finfo(counted.dtype).tiny).reciprocal_()
             for place, values, share in zip(places, sums, shares.unbind(), strict=True):
                 means[place] = (values * share).view(tensors[place].shape)
@@ -152,7 +152,7 @@ def is_sharded(tensor: object) -> TypeGuard[DTensor]:
 
 def whole(tensor: Tensor) -> Tensor:
     """The complete tensor, brought together from all processes, which must all call this; else the tensor itself."""
-    return cast(Tensor, tensor.full_tensor()) if is_sharded(tensor) else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def part_like(tensor: Tensor, like: Tensor) -> Tensor:
@@ -200,7 +200,7 @@ def process_group_of(model: nn.Module | None) -> ProcessGroup | None:
         return None
     for module in model.modules():
         if isinstance(module, nn.parallel.DistributedDataParallel):
-            return cast("ProcessGroup", module.process_group)
+            return module.process_group
     for p in model.parameters():
         if is_sharded(p) and p.device_mesh.ndim == 1:
             return p.device_mesh.get_group()
