@@ -61,8 +61,8 @@ class Job:
 JOBS = {
     "lenet": Job("cifar10", 5000, 640, 5),
     "mlp_deep": Job("mnist", 5000, 640, 5),
-    "char_gpt": Job(None, 0, 500, 5),
-    "resnet20": Job("cifar10", 1000, 120, 3),
+    "char_gpt": Job(None, 0, 500, 3),
+    "resnet20": Job("cifar10", 1000, 80, 2),
 }
 
 # name: (first grid as exponents of sqrt(10), optimizer)
@@ -141,7 +141,7 @@ def _compare(runs: Runs, name: str, job: Job, options: Any) -> Iterator[dict[str
     for method, lr in best.items():
         yield _row(name, method, lr, [runs(options, name, job, method, lr, seed, False) for seed in seeds])
     for lr in RATES:
-        yield _row(name, CAPPED, lr, [runs(options, name, job, CAPPED, lr, seed, False) for seed in list(seeds)[:2]])
+        yield _row(name, CAPPED, lr, [runs(options, name, job, CAPPED, lr, seed, False) for seed in list(seeds)[: job.seeds // 2]])
     if name != "resnet20":
         for method in RESCALED:
             few = list(seeds)[:3]
