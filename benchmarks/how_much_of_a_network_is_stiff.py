@@ -256,7 +256,8 @@ def draw(folder: Path) -> None:
     plt = optional_import("matplotlib.pyplot", "the picture")
     runs = json.loads((folder / f"{NAME}.json").read_text())["numbers"]["runs"]
     first = {run["network"]: run for run in reversed(list(runs.values()))}
-    lines = [(run, rule) for run in reversed(list(first.values())) for rule in PICTURED]
+    every = ((run, rule) for run in reversed(list(first.values())) for rule in PICTURED)
+    lines = [(run, rule) for run, rule in every if f"{rule}, {SHARES[0]:.0%}" in run["inpca"]]
     figure, axes = plt.subplots(len(lines), 3, figsize=(10, 3.1 * len(lines)), squeeze=False)
     for (run, rule), panels in zip(lines, axes, strict=True):
         accuracies = {r["share"]: r["accuracy"] for r in run["one_shot"] if r["rule"] == rule}

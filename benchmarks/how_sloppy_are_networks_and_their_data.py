@@ -255,6 +255,7 @@ def draw(folder: Path) -> None:
     for panel in axes.flat:
         panel.set_yscale("log")
         panel.set_xlabel("eigenvalue number")
+        panel.set_ylabel("eigenvalue")
         panel.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(folder / f"{NAME}.png", dpi=110)

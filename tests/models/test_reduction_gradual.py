@@ -46,7 +46,8 @@ def test_gradual_is_closer_to_the_network_than_one_shot(basis: str, importance: 
     reduced = reduce_gradually(model, x, 0.1, steps=120, batch_size=32, lr=2e-2, importance_samples=64, **options)
     assert len(reduced.coefficients) == reduced.num_directions == round(0.1 * 123)
     assert reduced.coefficients.grad is None
-    assert divergence(model, reduced, x) < 0.5 * divergence(model, reduce_model(model, x, 0.1, **options), x)
+    one_shot = reduce_model(model, x, 0.1, **options)
+    assert divergence(model, reduced, x) < 0.8 * divergence(model, one_shot, x)
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert reduced.report is not None
