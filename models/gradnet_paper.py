@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from torchgeom_optim.geometry.heads import LossFunction
 from torchgeom_optim.geometry.per_sample import Batch
@@ -102,10 +103,11 @@ class CandidateNetwork(nn.Module):
                 self.register_buffer(f"{key}{i}", like.new_zeros(size))
             if label_share is not None:
                 self.register_buffer(f"labels{i}", torch.ones(num_classes, size, dtype=torch.bool, device=like.device))
-        self.blocks = nn.ModuleList(nn.Linear(p, m) for p, m in zip(sizes, units, strict=True))
+        # skip_init: nothing is drawn from the global generator.
+        self.blocks = nn.ModuleList(skip_init(nn.Linear, p, m) for p, m in zip(sizes, units, strict=True))
         self.norm = nn.BatchNorm1d(sum(units)) if batch_norm else nn.Identity()
         self.dropout = nn.Dropout(dropout)
-        self.output = nn.Linear(sum(units), num_classes)
+        self.output = skip_init(nn.Linear, sum(units), num_classes)
         for layer, share in [*((b, 1 - percentile / 100) for b in self.blocks), (self.output, 1.0)]:
             assert isinstance(layer, nn.Linear)
             bound = (6 / max(1.0, share * layer.in_features)) ** 0.5  # He et al., of the entries that are kept

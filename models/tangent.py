@@ -59,7 +59,7 @@ class LinearisedNetwork(nn.Module):
             like = named[basis.layout.weight].detach()
             self.register_buffer(f"scale{i}", scale.to(like))
             for side, vectors in (("left", basis.left), ("right", basis.right)):
-                self.register_buffer(f"{side}{i}", None if vectors is None else vectors.to(like))
+                self.register_buffer(f"{side}{i}", None if vectors is None else vectors.to(like).contiguous())
             self.coordinates.append(nn.Parameter(torch.zeros_like(scale).to(like)))
         try:
             self._program: GateProgram | None = GateProgram(model)
