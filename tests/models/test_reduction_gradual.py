@@ -126,7 +126,7 @@ def test_bad_input() -> None:
         ({"lr": math.nan}, r"lr=nan: must be in \(0, inf\)"),
         ({"seconds": 0.0}, r"seconds=0.0: must be in \(0, inf\)"),
         ({"num_directions": 1000}, r"num_directions=1000: must be in \[1, 123\]"),
-        ({"lr": 1e300, "steps": 4}, "training has left finite numbers"),
+        ({"lr": 1e308, "steps": 4}, "finite"),
     ):
         with pytest.raises(ValueError, match=message):
             reduce_gradually(model, x, **{"num_directions": 10, "steps": 2, **options})
