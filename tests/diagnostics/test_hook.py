@@ -457,6 +457,28 @@ def test_a_criterion_that_gets_something_else_than_the_outputs():
     assert math.isnan(record.values["weight_condition_number"])
 
 
+def test_arguments_that_a_pass_cannot_be_made_again_with():
+    class Flexible(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = network()
+
+        def forward(self, *args, scale):
+            return self.body(args[0] * scale)
+
+    model, criterion = Flexible().eval(), nn.CrossEntropyLoss()
+    (x, y), *_ = batches(1)
+    with Diagnostics(model, criterion, every=1, metrics="cheap").attach() as diagnostics:
+        loss = criterion(model(x, scale=1.0), y)
+        with pytest.warns(RuntimeWarning, match="cannot be computed anew"):
+            loss.backward()
+    (record,) = diagnostics.history
+    assert any("by position alone, or by name alone" in note for note in record.notes)
+    assert math.isfinite(record.values["gradient_coherence"])
+    assert math.isnan(record.values["weight_condition_number"])
+    assert record.batch_size == 6
+
+
 def test_several_losses_on_one_pass_are_not_mixed_up():
     model, criterion = network().eval(), nn.CrossEntropyLoss()
     (x, y), *_ = batches(1)
