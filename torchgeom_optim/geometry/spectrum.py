@@ -312,7 +312,7 @@ def _rows_are_cheaper(jacobian: Jacobian, num: int) -> bool:
 
         with FlopCounterMode(display=False) as counter, function.private(), torch.no_grad():
             function.on(next(iter(function.parts(1))))({}, torch.Tensor.detach)
-    backward = counter.get_total_flops()  # in multiplications with additions, for inputs and weights
+    backward: int = counter.get_total_flops()  # in multiplications with additions, for inputs and weights
     outputs = jacobian.num_outputs
     return num * backward > outputs * backward + outputs * weights * num
 
