@@ -61,6 +61,8 @@ def main(argv: list[str] | None = None) -> None:
 def _steps(base: nn.Module, nets: dict[str, GradNet]) -> dict[str, Callable[[Batch], object]]:
     model = copy.deepcopy(base)
     steps = {"base": _step(model, lambda x: model(x))}
+    last = copy.deepcopy(base).to(memory_format=torch.channels_last)
+    steps["base, channels last"] = _step(last, lambda x: last(x.contiguous(memory_format=torch.channels_last)))
     generator = torch.Generator().manual_seed(0)
     for method, net in nets.items():
         head: Any = copy.deepcopy(net).head
@@ -98,7 +100,14 @@ def _predictions(base: nn.Module, nets: dict[str, GradNet]) -> dict[str, Callabl
         with torch.no_grad():
             return base(batch[0])
 
-    return {"base": forward, **{name: lambda batch, net=net: net.predict(batch[0]) for name, net in nets.items()}}
+    last = copy.deepcopy(base).to(memory_format=torch.channels_last)
+
+    def forward_last(batch: Batch) -> Tensor:
+        with torch.no_grad():
+            return last(batch[0].contiguous(memory_format=torch.channels_last))
+
+    own = {"base": forward, "base, channels last": forward_last}
+    return {**own, **{name: lambda batch, net=net: net.predict(batch[0]) for name, net in nets.items()}}
 
 
 def _features(base: nn.Module, paper: GradNet) -> dict[str, Callable[[Batch], object]]:
