@@ -30,7 +30,7 @@ def squared_norms(tensors: Mapping[str, Tensor]) -> Tensor:
     wide = torch.float32
     for x in values:
         wide = torch.promote_types(wide, x.dtype)
-    norms = torch._foreach_norm(values, 2, dtype=wide)
+    norms = torch._foreach_norm(values, 2, dtype=wide)  # pyright: ignore[reportPrivateImportUsage]
     return torch.stack([norm.to(values[0].device) for norm in norms]).square()
 
 
