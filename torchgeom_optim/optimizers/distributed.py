@@ -81,7 +81,7 @@ class Ranks:
         means = list(tensors)
         for places in alike.values():
             weights = [float(counts[place]) for place in places]
-            parts = torch._foreach_mul([tensors[place].reshape(-1) for place in places], weights)
+            parts = torch._foreach_mul([tensors[place].reshape(-1) for place in places], weights)  # pyright: ignore[reportPrivateImportUsage]
             total = torch.cat([*parts, parts[0].new_tensor(weights)])
             self._reduce(total, distributed.ReduceOp.SUM)
             *sums, counted = torch.split(total, [part.numel() for part in parts] + [len(parts)])

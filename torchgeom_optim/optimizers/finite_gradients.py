@@ -31,7 +31,7 @@ def require_finite_gradients(
     if not always and any(grad.device.type != "cpu" for grad in grads):
         return
     values = [grad._values() if grad.is_sparse else grad for grad in grads]
-    norms = torch._foreach_norm([value for value in values if value.numel() > 0], math.inf)
+    norms = torch._foreach_norm([value for value in values if value.numel() > 0], math.inf)  # pyright: ignore[reportPrivateImportUsage]
     is_bad = bool(norms) and not bool(torch.stack([norm.to(norms[0].device).isfinite() for norm in norms]).all())
     if any(is_sharded(p) for p in parameters):
         is_bad = ranks.largest(float(is_bad), grads[0].device) > 0
