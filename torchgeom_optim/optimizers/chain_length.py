@@ -42,7 +42,7 @@ class ChainLength:
         base = output._base  # an in-place change of a view cuts the view's own node out of the graph
         for node in (output.grad_fn, None if base is None else base.grad_fn):
             if node is not None:
-                node.metadata[self._key] = self.length
+                _notes(node)[self._key] = self.length
 
     def _shortest(self, node: Any) -> int:
         found, seen, stack = math.inf, set(), [node]
@@ -51,8 +51,13 @@ class ChainLength:
             if node is None or node in seen:
                 continue
             seen.add(node)
-            if (length := node.metadata.get(self._key)) is not None:
+            if (length := _notes(node).get(self._key)) is not None:
                 found = min(found, length)
             else:
                 stack.extend(edge for edge, _ in node.next_functions)
         return 0 if math.isinf(found) else int(found)
+
+
+def _notes(node: Any) -> dict[Any, int]:
+    notes: dict[Any, int] = node.metadata  # declared as a method, but it is a dict
+    return notes

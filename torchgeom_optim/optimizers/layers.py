@@ -302,7 +302,8 @@ class AffineLayer:
             return nn.functional.embedding(x, weight)
         x = x.to(weight.dtype)
         if isinstance(module, _CONVOLUTIONS):
-            return module._conv_forward(x, weight, bias)
+            outputs: Tensor = module._conv_forward(x, weight, bias)  # with the padding that the layer has
+            return outputs
         return nn.functional.linear(x, weight, bias)
 
     def reparametrize(

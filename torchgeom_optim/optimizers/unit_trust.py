@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torchgeom_optim.geometry.moments import at_least_float32
+from torchgeom_optim.geometry.segments import Segments
 from torchgeom_optim.geometry.unit_trust import FLAT_SHARE, relative_change, spread_floor, unit_scale
 from torchgeom_optim.optimizers.distributed import is_sharded, local_part, part_like, whole, with_local
 from torchgeom_optim.optimizers.layers import AffineLayer
@@ -71,6 +71,7 @@ def layer_block(
     complete = {id(p): whole(directions[id(p)]) for p, _ in parts}
     if (spread := layer.output_spread_sq()) is not None:
         state["spread_sq"] = spread
+    num_samples: int | None
     change_sq, num_samples = layer.measured_change(complete)
     if change_sq is None and layer.is_called_elsewhere:
         change_sq = torch.zeros_like(state["spread_sq"])  # and counts for nothing
@@ -158,37 +159,16 @@ def scale_blocks(
         # The vectors of all blocks are joined, so that the number of operations hardly grows with that of the layers.
         sizes = tuple(row.change_sq.numel() for row in rows)
         change_sq = torch.cat([row.change_sq for row in rows])
-        layers = _Segments(sizes, change_sq)
+        layers = Segments(sizes, change_sq)
         expected = torch.cat([_past(state_of(row.owner), row.change_sq) for row in rows]).lerp_(change_sq, 1 - decay)
         spread_sq = torch.cat([row.spread_sq for row in rows])
         floors = spread_floor(layers.means(spread_sq), torch.stack([row.input_sq for row in rows]))
         relative = relative_change(change_sq, expected, spread_sq + layers.spread(floors))
         scale = bound(unit_scale(relative, layers.spread(layers.means(relative).mul_(FLAT_SHARE))))
-        for row, own, factor in zip(rows, expected.split(sizes), scale.split(sizes), strict=True):
+        for row, own, factor in zip(rows, layers.split(expected), layers.split(scale), strict=True):
             state_of(row.owner)["change_sq"] = own
             for parameter, axis in row.parts:
                 directions[id(parameter)] = _scaled(directions[id(parameter)], factor, axis)
-
-
-class _Segments:
-    """Vectors of several layers in a row: means over each, and numbers of each for all of its entries."""
-
-    def __init__(self, sizes: tuple[int, ...], like: Tensor) -> None:
-        self._place, self._share = _places(sizes, like.dtype, like.device)
-        self._number = len(sizes)
-
-    def means(self, joined: Tensor) -> Tensor:
-        return joined.new_zeros(self._number).index_add_(0, self._place, joined * self._share)
-
-    def spread(self, numbers: Tensor) -> Tensor:
-        return numbers.index_select(0, self._place)
-
-
-@lru_cache(maxsize=32)
-def _places(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    lengths = torch.tensor(sizes)
-    place = torch.arange(len(sizes)).repeat_interleave(lengths)
-    return place.to(device), lengths.to(dtype).reciprocal().repeat_interleave(lengths).to(device)
 
 
 def _past(state: Mapping[str, Any], change_sq: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from functools import lru_cache
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,20 +14,13 @@ from torch import Tensor, nn
 
 from torchgeom_optim.geometry.moments import Moments, pooled_moments, running_moments
 from torchgeom_optim.geometry.reparametrization import guarded_second_moment, precision
+from torchgeom_optim.geometry.segments import Segments
 from torchgeom_optim.optimizers.batch_norm import FoldedBatchNorm, fold_batch_norm
-from torchgeom_optim.optimizers.chain_length import ChainLength
 from torchgeom_optim.optimizers.hyperparameters import check_choice, check_range, check_sgd_settings
 from torchgeom_optim.optimizers.layers import AffineLayer, SeenCall
 from torchgeom_optim.optimizers.layerwise import LayerwiseOptimizer
 from torchgeom_optim.optimizers.pooled_calls import Quantity
-from torchgeom_optim.optimizers.unit_trust import (
-    TrustedBlock,
-    bare_block,
-    find_norms,
-    layer_block,
-    norm_block,
-    scale_blocks,
-)
+from torchgeom_optim.optimizers.trust_region_rule import TrustRegionRule, can_be_scaled
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -37,8 +30,6 @@ __all__ = ["Rule", "WhiteningSGD"]
 Rule = Literal["trust_region", "whitening", "paper", "whitening_second_order", "fan_in", "sgd"]
 _WHITENED = ("trust_region", "whitening", "paper", "whitening_second_order")
 _LR = 0.1  # of rules that need one
-_SHORT_CHAIN = 4  # where fewer layers share the radius, it is the noise that bounds a step
-_MAX_CONSTANTS = 32
 
 
 class WhiteningSGD(LayerwiseOptimizer):
@@ -229,10 +220,8 @@ class WhiteningSGD(LayerwiseOptimizer):
         super().add_param_group(param_group)
 
     def _watch_layers(self) -> None:
-        self._constants: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
-        self._chain = ChainLength()
         super()._watch_layers()
-        self._norms = find_norms(self._model)
+        self._bound = TrustRegionRule(self._model)
 
     def _wants(self, rule: str) -> tuple[bool, bool]:
         return rule in _WHITENED, rule == "whitening_second_order"
@@ -243,12 +232,14 @@ class WhiteningSGD(LayerwiseOptimizer):
     def _on_call(self, module: nn.Module, x: Tensor, y: Tensor) -> Callable[[Tensor], None] | None:
         on_output_grad = super()._on_call(module, x, y)
         in_backward = torch._C._current_graph_task_id() != -1  # of a checkpointed segment, run for the second time
-        if on_output_grad is not None and not in_backward and None in self._chain_lengths():
-            self._chain.see(x, y)
+        if on_output_grad is not None and not in_backward:
+            if any(group["chain_length"] is None for group in self._bounded_groups()):
+                self._bound.chain.see(x, y)
         return on_output_grad
 
-    def _chain_lengths(self) -> list[int | None]:
-        return [group["chain_length"] for group in self.param_groups if group["rule"] == "trust_region"]
+    def _bounded_groups(self) -> list[dict[str, Any]]:
+        groups = self.param_groups if self._model is not None else ()
+        return [group for group in groups if group["rule"] == "trust_region"]
 
     def _extra_means(self, layer: AffineLayer) -> list[Quantity]:
         if not self._probes(layer):
@@ -288,7 +279,11 @@ class WhiteningSGD(LayerwiseOptimizer):
             for free in layer.free_biases:
                 if free.grad is not None:
                     directions[id(free)] = layer.scale_bias(free.grad, output_scale)
-        self._trust(layers, directions, input_sq)
+        if groups := self._bounded_groups():
+            bounded = [layer for layer in layers if self._probes(layer)]
+            self._bound.scale(
+                groups, bounded, directions, input_sq, self.state, self._group_of_parameter, self._mean_over_ranks
+            )
         if len(layers) == len(self._layers):  # else a layer that sat this step out still has its own
             self._has_foreign_momentum = False
         return directions
@@ -322,84 +317,30 @@ class WhiteningSGD(LayerwiseOptimizer):
         for (decay, damping, guarded, is_centred, dtype, device), rows in alike.items():
             joined, pasts, batches = zip(*rows, strict=True)
             sizes = tuple(layer.num_inputs for layer in joined)
-            factors = tuple(1.0 if isinstance(beta_sq[layer], Tensor) else beta_sq[layer] for layer in joined)
-            place, factor = self._joined_constants(sizes, factors, dtype, device)
             batch = _joined(batches)
+            segments = Segments(sizes, batch.mean)
             running = running_moments(_joined(pasts), batch, decay)
             about = tuple(m if is_centred else m.about_zero() for m in (running, batch if guarded else running))
             q = guarded_second_moment(*about)
-            means = torch.stack([part.mean() for part in torch.split(q, list(sizes))])
+            means = segments.means(q)
             input_sq.update(zip(joined, means.unbind(), strict=True))
-            scale = precision(q, (means * damping).index_select(0, place)).mul_(factor)
-            parts = (torch.split(vector, list(sizes)) for vector in (running.mean, running.variance, scale))
+            scale = precision(q, segments.spread(means * damping))
+            factors = tuple(1.0 if isinstance(beta_sq[layer], Tensor) else beta_sq[layer] for layer in joined)
+            if any(factor != 1.0 for factor in factors):
+                scale *= segments.spread(_constants(factors, dtype, device))
+            parts = (segments.split(vector) for vector in (running.mean, running.variance, scale))
             for layer, mean, variance, part in zip(joined, *parts, strict=True):
                 state = self.state[layer.weight]
                 state["input_mean"], state["input_variance"], scales[layer] = mean, variance, part
         return scales, input_sq
-
-    def _trust(
-        self, layers: list[AffineLayer], directions: dict[int, Tensor], input_sq: Mapping[AffineLayer, Tensor]
-    ) -> None:
-        """Scale the directions of groups with this rule to their trust region, momentum included."""
-        groups = [g for g in self.param_groups if g["rule"] == "trust_region" and self._model is not None]
-        for group in groups:
-            if group["chain_length"] is None:
-                group["chain_length"] = self._chain.length
-            stepped = [p for p in group["params"] if _can_be_scaled(p)]
-            directions.update({id(p): p.grad.clone() for p in stepped if id(p) not in directions})
-            self._accumulate(group, stepped, directions)
-        blocks: dict[int, list[TrustedBlock]] = {id(group): [] for group in groups}
-        covered = set[Tensor]()
-
-        def add(owner: Tensor, block: TrustedBlock | None) -> None:
-            if block is not None:
-                blocks[id(self._group_of_parameter[owner])].append(block)
-                covered.update(parameter for parameter, _ in block.parts)
-
-        for layer in layers:
-            if self._probes(layer):
-                add(layer.weight, layer_block(layer, directions, input_sq[layer], self.state[layer.weight]))
-        for weight, bias in self._norms.items():
-            if id(self._group_of_parameter.get(weight)) in blocks:
-                add(weight, norm_block(weight, bias, directions))
-        for group in groups:
-            for p in group["params"]:
-                if p not in covered and _can_be_scaled(p):
-                    add(p, bare_block(p, directions))
-            scale_blocks(
-                blocks[id(group)],
-                directions,
-                self.state.__getitem__,
-                partial(_bounded, group),
-                decay=group["decay"],
-                mean_over_ranks=self._mean_over_ranks,
-            )
-
-    def _accumulate(self, group: Mapping[str, Any], stepped: list[Tensor], directions: dict[int, Tensor]) -> None:
-        """Momentum as in SGD, before the trust region; directions become tensors of their own."""
-        momentum = group["momentum"]
-        if not momentum or not stepped:
-            return
-        now = [directions[id(p)] for p in stepped]
-        new = [k for k, p in enumerate(stepped) if self.state[p].get("momentum_buffer") is None]
-        for k in new:
-            self.state[stepped[k]]["momentum_buffer"] = now[k].clone()
-        old = [k for k in range(len(stepped)) if k not in set(new)]
-        buffers = [self.state[stepped[k]]["momentum_buffer"] for k in old]
-        if buffers:
-            torch._foreach_mul_(buffers, momentum)
-            torch._foreach_add_(buffers, [now[k] for k in old], alpha=1 - group["dampening"])
-        for p, direction in zip(stepped, now, strict=True):
-            buffer = self.state[p]["momentum_buffer"]
-            directions[id(p)] = direction.add(buffer, alpha=momentum) if group["nesterov"] else buffer.clone()
 
     def _descend(self, group: dict[str, Any], directions: Mapping[int, Tensor]) -> None:
         if group["rule"] != "trust_region" or self._model is None:
             super()._descend(group, directions)
             return
         # Momentum is in the scaled directions already.
-        scaled = [p for p in group["params"] if _can_be_scaled(p)]
-        others = [p for p in group["params"] if not _can_be_scaled(p)]
+        scaled = [p for p in group["params"] if can_be_scaled(p)]
+        others = [p for p in group["params"] if not can_be_scaled(p)]
         super()._descend({**group, "params": scaled, "momentum": 0.0, "nesterov": False, "dampening": 0.0}, directions)
         if others:
             super()._descend({**group, "params": others}, directions)
@@ -407,23 +348,9 @@ class WhiteningSGD(LayerwiseOptimizer):
     def _rule_without_layer(self, parameter: Tensor, group: Mapping[str, Any], reason: str) -> tuple[str, str]:
         if group["rule"] != "trust_region" or parameter.is_complex():
             return "sgd", reason
-        if any(parameter is p for pair in self._norms.items() for p in pair):
+        if any(parameter is p for pair in self._bound.norms.items() for p in pair):
             return "trust_region", "normalisation: moves by a share of its own size"
         return "trust_region", f"{reason}: moves as a whole by a share of its own size"
-
-    def _joined_constants(
-        self, sizes: tuple[int, ...], factors: tuple[Any, ...], dtype: torch.dtype, device: torch.device
-    ) -> tuple[Tensor, Tensor]:
-        """For each entry of joined vectors, whose it is, and that one's factor; kept, as making them takes a while."""
-        key = (sizes, factors, dtype, device)
-        if key not in self._constants:
-            if len(self._constants) >= _MAX_CONSTANTS:  # inputs of ever new sizes
-                self._constants.clear()
-            lengths = torch.tensor(sizes)
-            place = torch.arange(len(sizes)).repeat_interleave(lengths)
-            factor = torch.tensor(factors, dtype=dtype).repeat_interleave(lengths)
-            self._constants[key] = (place.to(device), factor.to(device))
-        return self._constants[key]
 
     def _output_scale(self, layer: AffineLayer, state: dict[str, Any]) -> float | Tensor:
         """beta^2: 1 inside the trust region, else by Eq. (12) or Eq. (5)."""
@@ -439,7 +366,8 @@ class WhiteningSGD(LayerwiseOptimizer):
             now = layer.output_grad_sq(mean_reduction=self._loss_reduction == "mean") / scale**2
             state["output_grad_sq"] = torch.lerp(state.get("output_grad_sq", now), now, 1 - group["decay"])
         mean_sq = state["output_grad_sq"]
-        return precision(mean_sq, mean_sq.mean() * group["damping"]) / state["sharing"]
+        scale: Tensor = precision(mean_sq, mean_sq.mean() * group["damping"]) / state["sharing"]
+        return scale
 
     def _take_over_momentum(
         self, layer: AffineLayer, mean: Tensor | None, scale: Tensor | float, output_scale: float | Tensor
@@ -505,21 +433,9 @@ class WhiteningSGD(LayerwiseOptimizer):
         return folded
 
 
-def _can_be_scaled(parameter: Tensor) -> bool:
-    grad = parameter.grad
-    return grad is not None and not grad.is_sparse and not grad.is_complex()
-
-
-def _bounded(group: dict[str, Any], scale: Tensor) -> Tensor:
-    """From c_j to the factor of a direction: min(1, kappa c_j) with kappa = rho / lr_0, or c_j where lr is rho."""
-    radius, reference_lr = 1.0 / max(group["chain_length"], _SHORT_CHAIN), group["reference_lr"]
-    if reference_lr is None:
-        return scale.mul_(radius)
-    if not isinstance(reference_lr, Tensor) and reference_lr == 0.0:  # built with 0, and raised by hand since
-        group["reference_lr"] = reference_lr = float(group["lr"])
-        if reference_lr == 0.0:
-            return scale.fill_(1.0)
-    return (scale * (radius * group["trust_radius"] / reference_lr)).clamp_(max=1.0)
+@lru_cache(maxsize=64)  # making them takes a while
+def _constants(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(numbers, dtype=dtype, device=device)
 
 
 def _joined(parts: Sequence[Moments]) -> Moments:
