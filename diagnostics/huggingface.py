@@ -19,6 +19,11 @@ def huggingface_callback(diagnostics: Diagnostics, *, prefix: str = "diagnostics
     and so into ``trainer_state.json``; for other trackers ``diagnostics.history.subscribe(...)``. The trainer tells its
     callbacks nothing of exceptions: after one, ``diagnostics.close()`` is yours to call.
 
+    Newer trainers give the model the number of tokens of all accumulated batches, ``num_items_in_batch``, which belongs
+    to no sample, so that what needs the samples' own losses is not measured; the records' notes say so.
+    ``trainer.model_accepts_loss_kwargs = False`` lets the model average over its own batch instead, which is the same
+    without gradient accumulation.
+
     Args:
         diagnostics: not attached yet; if it is, it stays as it is and is left to whoever attached it.
         prefix: what stands in front of the names in the trainer's log.
