@@ -366,8 +366,8 @@ class WhiteningSGD(LayerwiseOptimizer):
             now = layer.output_grad_sq(mean_reduction=self._loss_reduction == "mean") / scale**2
             state["output_grad_sq"] = torch.lerp(state.get("output_grad_sq", now), now, 1 - group["decay"])
         mean_sq = state["output_grad_sq"]
-        scale: Tensor = precision(mean_sq, mean_sq.mean() * group["damping"]) / state["sharing"]
-        return scale
+        beta_sq: Tensor = precision(mean_sq, mean_sq.mean() * group["damping"]) / state["sharing"]
+        return beta_sq
 
     def _take_over_momentum(
         self, layer: AffineLayer, mean: Tensor | None, scale: Tensor | float, output_scale: float | Tensor
