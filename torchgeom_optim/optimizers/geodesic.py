@@ -326,7 +326,7 @@ def _next_count(pieces: int, done: int, goal: int, remaining: int, whole_units: 
         return goal
     if whole_units or goal == pieces:
         return done + round((goal - done) / remaining)
-    ratio = ((pieces - goal) / (pieces - done)) ** (1 / remaining)
+    ratio: float = ((pieces - goal) / (pieces - done)) ** (1 / remaining)
     return done + round((pieces - done) * (1 - ratio))
 
 

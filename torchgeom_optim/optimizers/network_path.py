@@ -209,7 +209,7 @@ class NetworkPath(Optimizer):
         known = [k for k in self._kept if not math.isnan(self.path[k.place].accuracy)]
         if not known:
             raise ValueError("no point has an accuracy: give evaluate= a loader with labels.")
-        return len(self.path) - 1 - max(known, key=lambda k: self.path[k.place].accuracy).index
+        return len(self.path) - 1 - max(known, key=lambda k: self.path[k.place].accuracy).place
 
     # -- the network ---------------------------------------------------------------------------------------------
 
