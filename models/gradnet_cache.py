@@ -102,7 +102,7 @@ class RecordCache:
             Pairs of a record and its targets.
         """
         order = torch.arange(len(self)) if generator is None else torch.randperm(len(self), generator=generator)
-        for part in order.split(size):
+        for part in torch.split(order, size):
             record = {name: torch.from_numpy(array[part.numpy()]).to(device) for name, array in self._arrays.items()}
             yield record, record.pop("targets")
 

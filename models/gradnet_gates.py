@@ -281,7 +281,7 @@ def applied(module: nn.Module, x: Tensor, weight: Tensor | None, bias: Tensor | 
         return F.linear(x, weight, bias)
     if isinstance(module, _ConvNd):
         assert weight is not None
-        result: Tensor = module._conv_forward(x, weight, bias)  # type: ignore[operator]  # pads as the layer does
+        result: Tensor = module._conv_forward(x, weight, bias)  # pads as the layer does
         return result
     shape = (-1, *[1] * (x.dim() - 2))
     x = x if weight is None else x * weight.view(shape)
@@ -313,7 +313,7 @@ class _Pick(torch.autograd.Function):
     """The chosen entry of each window; backwards by torch's own kernel, several times as fast as that of gather."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, at: Tensor, size: tuple[Any, ...]) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, at: Tensor, size: tuple[Any, ...]) -> Tensor:
         ctx.save_for_backward(at)
         ctx.size, ctx.shape = size, x.shape
         ctx.format = torch.channels_last if _is_channels_last(x) else torch.contiguous_format
@@ -363,19 +363,20 @@ def _step_of(node: fx.Node, modules: Mapping[str, nn.Module]) -> _Step:
             return _Step(name, node.args, function=_frozen(module))
         if kind is nn.ReLU:
             return _Step(name, node.args, gated=True)
-        if kind is nn.LeakyReLU:
+        if isinstance(module, nn.LeakyReLU) and kind is nn.LeakyReLU:
             return _Step(name, node.args, gated=True, slope=module.negative_slope)
         if kind in _POOLS:
-            return _pool_step(name, node.args, _POOLS[kind], *(getattr(module, key) for key in _POOL_KEYS))  # type: ignore[arg-type]
+            return _pool_step(name, node.args, _POOLS[kind], {key: getattr(module, key) for key in _POOL_KEYS})
         what = f"layer {node.target!r} of type {kind.__name__}"
     elif node.op == "call_function":
         function: Any = node.target
         if function in (torch.relu, F.relu, torch.relu_):
             return _Step(name, node.args[:1], gated=True)
         if function is F.max_pool2d:
-            options = dict(zip(_POOL_KEYS, (None, None, 0, 1, False), strict=True))
-            options |= dict(zip(_POOL_KEYS, node.args[1:], strict=False)) | dict(node.kwargs)
-            return _pool_step(name, node.args[:1], F.max_pool2d, *(options[key] for key in _POOL_KEYS))
+            options: dict[str, Any] = dict(zip(_POOL_KEYS, (None, None, 0, 1, False), strict=True))
+            options.update(zip(_POOL_KEYS, node.args[1:], strict=False))
+            options.update(node.kwargs)
+            return _pool_step(name, node.args[:1], F.max_pool2d, options)
         if function is F.dropout:
             return _Step(name, node.args[:1], function=_same)
         if function in _LINEAR_FUNCTIONS or (function in _SCALINGS and not isinstance(node.args[1], fx.Node)):
@@ -423,10 +424,9 @@ def _fused(steps: list[_Step]) -> list[_Step]:
     return result
 
 
-def _pool_step(
-    node: str, args: tuple[Any, ...], function: Callable[..., Any], size: Any, stride: Any, padding: Any, dilation: Any,
-    ceil_mode: bool,
-) -> _Step:  # fmt: skip
+def _pool_step(node: str, args: tuple[Any, ...], function: Callable[..., Any], options: Mapping[str, Any]) -> _Step:
+    size, stride, padding, dilation, ceil_mode = (options[key] for key in _POOL_KEYS)
+
     def pool(x: Tensor) -> tuple[Tensor, Tensor]:
         y, at = function(x, size, stride, padding, dilation, ceil_mode, return_indices=True)
         return y, at

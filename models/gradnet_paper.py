@@ -103,11 +103,10 @@ class CandidateNetwork(nn.Module):
                 self.register_buffer(f"{key}{i}", like.new_zeros(size))
             if label_share is not None:
                 self.register_buffer(f"labels{i}", torch.ones(num_classes, size, dtype=torch.bool, device=like.device))
-        # skip_init: nothing is drawn from the global generator.
-        self.blocks = nn.ModuleList(skip_init(nn.Linear, p, m) for p, m in zip(sizes, units, strict=True))
+        self.blocks = nn.ModuleList(_linear(p, m) for p, m in zip(sizes, units, strict=True))
         self.norm = nn.BatchNorm1d(sum(units)) if batch_norm else nn.Identity()
         self.dropout = nn.Dropout(dropout)
-        self.output = skip_init(nn.Linear, sum(units), num_classes)
+        self.output = _linear(sum(units), num_classes)
         for layer, share in [*((b, 1 - percentile / 100) for b in self.blocks), (self.output, 1.0)]:
             assert isinstance(layer, nn.Linear)
             bound = (6 / max(1.0, share * layer.in_features)) ** 0.5  # He et al., of the entries that are kept
@@ -171,7 +170,7 @@ class CandidateNetwork(nn.Module):
     def logits(self, record: Mapping[str, Tensor]) -> Tensor:
         """Sum over the candidate labels of h, [N, C]."""
         features = record["features"]
-        parts = features.flatten(0, 1).split(self._gradients.sizes, 1)
+        parts = torch.split(features.flatten(0, 1), self._gradients.sizes, 1)
         hidden = torch.cat([block(part) for block, part in zip(self.blocks, parts, strict=True)], 1)
         logits = self.output(self.dropout(torch.relu(self.norm(hidden))))
         result: Tensor = logits.view(*features.shape[:2], -1).sum(1)
@@ -187,3 +186,9 @@ class CandidateNetwork(nn.Module):
             for i in range(0, batch.num_samples, size)
         ]
         return torch.cat(pieces)
+
+
+def _linear(inputs: int, outputs: int) -> nn.Linear:
+    """Without weights yet: the layer's own would be drawn from the global generator."""
+    layer: nn.Linear = skip_init(nn.Linear, inputs, outputs)  # type: ignore[no-untyped-call]
+    return layer

@@ -147,7 +147,8 @@ class LinearisedNetwork(nn.Module):
             along = applied(layer.module, b, own.get(weight), None)
             return along if moved is None else along + moved
 
-        return record["logits"] + program.carry(record, affine, tangent=True)
+        logits: Tensor = record["logits"]
+        return logits + program.carry(record, affine, tangent=True)
 
     def forward(self, inputs: Any) -> Tensor:
         """f(x) + J(x) dw [N, C]."""
@@ -166,5 +167,5 @@ def _by_forward_mode(model: nn.Module, inputs: Any, dw: Mapping[str, Tensor]) ->
 
     differentiable = torch.is_grad_enabled()
     with private_evaluation(model), torch.set_grad_enabled(differentiable):
-        value, tangent = torch.func.jvp(f, (weights,), (dict(dw),))
-    return value.detach() + tangent
+        pair: tuple[Tensor, ...] = torch.func.jvp(f, (weights,), (dict(dw),))
+    return pair[0].detach() + pair[1]
