@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchgeom_optim.optimizers.chain_length import ChainLength
+from torchgeom_optim.optimizers.distributed import Ranks
 from torchgeom_optim.optimizers.layers import AffineLayer
 from torchgeom_optim.optimizers.unit_trust import (
     TrustedBlock,
@@ -48,7 +49,7 @@ class TrustRegionRule:
         input_sq: Mapping[AffineLayer, Tensor],
         state: Mapping[Tensor, dict[str, Any]],
         group_of: Mapping[Tensor, dict[str, Any]],
-        mean_over_ranks: Callable[[Sequence[Tensor], Sequence[float]], list[Tensor]],
+        ranks: Ranks,
     ) -> None:
         """Scale directions to the trust region, in place, momentum included.
 
@@ -59,11 +60,12 @@ class TrustRegionRule:
             input_sq: mean square of each layer's inputs about their mean.
             state: of each parameter.
             group_of: each parameter.
-            mean_over_ranks: of what every process has measured, and on how many samples.
+            ranks: the processes that train the model.
         """
         for group in groups:
             if group["chain_length"] is None:
-                group["chain_length"] = self.chain.length
+                device = group["params"][0].device
+                group["chain_length"] = int(ranks.largest(self.chain.length, device))
             stepped = [p for p in group["params"] if can_be_scaled(p)]
             directions.update({id(p): p.grad.clone() for p in stepped if id(p) not in directions})
             _accumulate(group, stepped, directions, state)
@@ -90,7 +92,7 @@ class TrustRegionRule:
                 state.__getitem__,
                 partial(_bounded, group),
                 decay=group["decay"],
-                mean_over_ranks=mean_over_ranks,
+                mean_over_ranks=ranks.means,
             )
 
 

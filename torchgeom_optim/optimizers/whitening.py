@@ -281,9 +281,7 @@ class WhiteningSGD(LayerwiseOptimizer):
                     directions[id(free)] = layer.scale_bias(free.grad, output_scale)
         if groups := self._bounded_groups():
             bounded = [layer for layer in layers if self._probes(layer)]
-            self._bound.scale(
-                groups, bounded, directions, input_sq, self.state, self._group_of_parameter, self._mean_over_ranks
-            )
+            self._bound.scale(groups, bounded, directions, input_sq, self.state, self._group_of_parameter, self._ranks)
         if len(layers) == len(self._layers):  # else a layer that sat this step out still has its own
             self._has_foreign_momentum = False
         return directions
