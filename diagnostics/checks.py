@@ -200,8 +200,9 @@ def exploding(history: History) -> list[Verdict]:
 
 def learning_rate_fault(history: History) -> list[Verdict]:
     """A rate far beyond what the curvature bears, unless the loss falls all the same, as under Adam it may."""
-    falls = not math.isnan(loss_fall(history)[0]) and not stopped_falling(history, since=0)
-    return [] if falls else _learning_rate_high(history, CURVATURE_FAULT)
+    third = [record.loss for record in history][-(len(history) // 3) :]
+    falls = not math.isnan(loss_fall(history)[0]) and median(third) < history[0].loss
+    return [] if falls and not stopped_falling(history, since=0) else _learning_rate_high(history, CURVATURE_FAULT)
 
 
 def learning_rate_explains(history: History) -> list[Verdict]:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
+import torch
+from torch import nn
 
+from torchgeom_optim.diagnostics import Diagnostics
 from torchgeom_optim.diagnostics.history import History, Record
 from torchgeom_optim.diagnostics.reading import summary, verdicts
 
@@ -211,3 +215,105 @@ def test_values_that_are_not_finite_do_no_harm():
     history = run(FALLING, layers={"0": (math.nan, 1.0), "2": (1.0, 0.0), "4": (1.0, 1.0)})
     assert kinds(history) == []
     assert kinds(run(FALLING, layers={})) == []
+
+
+# The same on networks: each is broken in one way, and its twin is the same network without that.
+
+
+def task():
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(512, 12, generator=generator, dtype=torch.float64)
+    teacher = torch.randn(12, 4, generator=generator, dtype=torch.float64)
+    return x, (x @ teacher + 0.5 * torch.randn(512, 4, generator=generator, dtype=torch.float64)).argmax(1)
+
+
+def mlp(*widths: int, gain: float = 1.0, activation=nn.ReLU) -> nn.Sequential:
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for inputs, outputs in pairwise(widths):
+        layers += [nn.Linear(inputs, outputs, dtype=torch.float64), activation()]
+        nn.init.kaiming_normal_(layers[-2].weight, nonlinearity="relu")
+        layers[-2].weight.data.mul_(gain)
+        nn.init.zeros_(layers[-2].bias)
+    return nn.Sequential(*layers, nn.Linear(widths[-1], 4, dtype=torch.float64))
+
+
+def trained(model, *, rate=0.1, batch=32, x=None, y=None, metrics=("default",)) -> list[tuple[str, str | None]]:
+    """Verdicts on sixty steps, measured at every fifth."""
+    own_x, own_y = task()
+    x, y = own_x if x is None else x, own_y if y is None else y
+    generator = torch.Generator().manual_seed(0)
+    optimizer, criterion = torch.optim.SGD(model.parameters(), lr=rate), nn.CrossEntropyLoss()
+    with Diagnostics(model, criterion, every=5, metrics=metrics).attach(optimizer) as diagnostics:
+        for _ in range(60):
+            index = torch.randint(len(x), (batch,), generator=generator)
+            optimizer.zero_grad()
+            criterion(model(x[index]), y[index]).backward()
+            optimizer.step()
+    return kinds(diagnostics.history)
+
+
+def with_bias(model: nn.Sequential, bias: float) -> nn.Sequential:
+    with torch.no_grad():
+        model[2].bias.fill_(bias)
+    return model
+
+
+CURVATURE = ("default", "top_curvature")
+
+
+def test_network_with_a_rate_too_high():
+    verdict = [("learning rate too high", None)]
+    assert trained(mlp(12, 24, 24, activation=nn.Tanh), rate=5.0, metrics=CURVATURE) == verdict
+    assert trained(mlp(12, 24, 24, activation=nn.Tanh), rate=0.3, metrics=CURVATURE) == []
+
+
+def test_network_with_a_rate_too_low():
+    assert trained(mlp(12, 24, 24), rate=1e-6, metrics=CURVATURE) == [("learning rate too low", None)]
+    assert trained(mlp(12, 24, 24), metrics=CURVATURE) == []
+
+
+def test_network_whose_loss_ends():
+    found = trained(mlp(12, 24, 24), rate=1e8)
+    assert found[0] == ("loss is no number", None)
+    assert trained(mlp(12, 24, 24)) == []
+
+
+def test_network_with_a_dead_layer():
+    assert trained(with_bias(mlp(12, 24, 24), -50.0)) == [("dead layer", "2")]
+    assert trained(with_bias(mlp(12, 24, 24), 0.1)) == []
+
+
+def test_network_whose_gradients_vanish():
+    assert trained(mlp(*[12] * 9, gain=0.2, activation=nn.Tanh), rate=0.01) == [("vanishing gradients", "0")]
+    assert trained(mlp(*[12] * 9, gain=0.8, activation=nn.Tanh), rate=0.01) == []
+
+
+def test_network_whose_gradients_explode():
+    assert trained(mlp(*[12] * 9, gain=4.0), rate=1e-12) == [("exploding gradients", None)]
+    assert trained(mlp(*[12] * 9)) == []
+
+
+def test_network_with_samples_that_say_the_same():
+    x, y = task()
+    assert trained(mlp(12, 24, 24), x=1 + 0.01 * x, y=torch.zeros_like(y), batch=64, rate=0.01) == [
+        ("batch larger than needed", None)
+    ]
+    assert trained(mlp(12, 24, 24), batch=64) == []
+
+
+def test_network_with_an_outlier():
+    x, y = task()
+    x, y = x[:8], y[:8].clone()
+    outlier = x.clone()
+    outlier[0] *= 100.0
+    y[0] = mlp(12, 24, 24)(outlier[:1]).argmin()  # as wrong as can be
+    assert trained(mlp(12, 24, 24), x=outlier, y=y, rate=1e-7) == [("collapsed gradient rank", None)]
+    assert trained(mlp(12, 24, 24), x=x, y=y, rate=1e-7) == []
+
+
+def test_network_with_batches_of_noise():
+    x, y = task()
+    labels = torch.randint(4, y.shape, generator=torch.Generator().manual_seed(5))
+    assert trained(mlp(12, 24, 24), x=x, y=labels, batch=4, rate=0.003) == [("batch too small", None)]
+    assert trained(mlp(12, 24, 24), batch=32) == []
