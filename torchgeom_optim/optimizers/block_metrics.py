@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -206,7 +207,7 @@ def solved(
         found = _whitening(part, part.layer)
     else:
         found = _diagonal(part, metric, moments)
-    norms = None if moments is None or not with_samples else lambda block: mean_dual_norm_sq(found, moments, block)
+    norms = None if moments is None or not with_samples else partial(mean_dual_norm_sq, found, moments)
     return Solved(lambda g: found.solve(g).vector, found.solve(part.gradient).vector, metric != "identity", norms)
 
 
@@ -215,16 +216,15 @@ def _sample_moments(part: Part, factors: Pooled) -> SampleMoments:
     has_bias = part.layer is not None and part.layer.bias is not None
     names = ["weight", *(["row"] if len(factors) > 2 else []), *(["bias"] if has_bias else [])]
     past, decay = part.past[0], part.group["decay"]
-    found: dict[str, Tensor | None] = dict.fromkeys(("weight", "row", "bias"))
+    found = list[Tensor | None]()
     for name, key in (("weight", "sample_sq"), ("row", "sample_row"), ("bias", "sample_bias_sq")):
         if factors and name in names:
             part.new[0][key] = averaged(factors[names.index(name)], past.get(key), decay)
-        found[name] = part.new[0].get(key, past.get(key))
-    if found["weight"] is None:
+        found.append(part.new[0].get(key, past.get(key)))
+    weight, row, bias = found
+    if weight is None:
         raise _unknown_inputs()
-    if part.bias is None:
-        found["row"] = found["bias"] = None
-    return SampleMoments(found["weight"], found["row"], found["bias"])
+    return SampleMoments(weight) if part.bias is None else SampleMoments(weight, row, bias)
 
 
 def _diagonal(part: Part, metric: str, moments: SampleMoments | None) -> LayerMetric:
@@ -295,7 +295,7 @@ def _kronecker(
         if with_samples:
             part.new[0]["dimension"] = metric.effective_dimension(a, b)
     dimension: Tensor | None = part.new[0].get("dimension", part.past[0].get("dimension"))
-    norms = None if dimension is None or not with_samples else lambda block: _in_blocks(dimension, block)
+    norms = None if dimension is None or not with_samples else partial(_in_blocks, dimension)
     if product is not None and product.is_cheaper(left, right):
         direction = product.between(left[0], right[0], part.gradient)
     else:
@@ -325,7 +325,7 @@ def _exact(part: Part, factors: Pooled, invert: bool, with_samples: bool) -> Sol
             part.new[0]["dimension"] = metric.effective_dimension(fisher)
     known = cholesky
     dimension: Tensor | None = part.new[0].get("dimension", part.past[0].get("dimension"))
-    norms = None if dimension is None or not with_samples else lambda block: _in_blocks(dimension, block)
+    norms = None if dimension is None or not with_samples else partial(_in_blocks, dimension)
     return Solved(lambda g: cholesky_product(known, g), cholesky_product(known, part.gradient), True, norms)
 
 

@@ -14,7 +14,6 @@ everywhere among the optimizers the positions of a sequence count as samples.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -75,7 +74,7 @@ def input_rows(layer: AffineLayer, x: Tensor, output_shape: Sequence[int]) -> Ro
     no_grads = torch.empty((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     factor = _factor(layer, x, no_grads.expand(output_shape))
     assert isinstance(factor, ConvolutionFactor)
-    rows = _patches(_thinned(factor), with_one=has_bias)
+    rows = _patches(factor, with_one=has_bias)
     return Rows(rows, factor.num_positions / max(rows.shape[1], 1))
 
 
@@ -84,7 +83,7 @@ def output_rows(layer: AffineLayer, g: Tensor) -> Rows:
     if layer.spatial_axes:
         positions = g.shape[-layer.spatial_axes :]
         k = _stride(g.numel() // g.shape[layer.channel_axis] // math.prod(positions), positions, len(layer.weight))
-        g = g[(..., *[slice(None, None, k)] * layer.spatial_axes)]
+        g = g[(..., *(_every(k, size) for size in positions))]
     g = at_least_float32(g).movedim(layer.channel_axis, -1)
     rows = g.reshape(-1, layer.groups, g.shape[-1] // layer.groups).transpose(0, 1)
     return Rows(rows, 1.0 / max(rows.shape[1], 1))
@@ -146,30 +145,26 @@ def _stride(num_samples: int, positions: Sequence[int], num_entries: int) -> int
     return max(1, round((num_samples * math.prod(positions) / enough) ** (1 / max(len(positions), 1))))
 
 
-def _thinned(factor: ConvolutionFactor) -> ConvolutionFactor:
-    """At every k-th position of every axis, if there are more than enough."""
-    axes = len(factor.kernel_size)
-    k = _stride(factor.num_samples, factor.output_grads.shape[3:], factor.unit_numel)
-    if k == 1:
-        return factor
-    every = (..., *[slice(None, None, k)] * axes)
-    stride = tuple(step * k for step in factor.stride)
-    return dataclasses.replace(factor, output_grads=factor.output_grads[every], stride=stride)
+def _every(k: int, size: int) -> slice:
+    """Each k-th position of an axis, from the middle of the first k, so that borders count for their share."""
+    return slice(min((k - 1) // 2, size - 1), None, k)
 
 
 def _patches(factor: ConvolutionFactor, *, with_one: bool) -> Tensor:
-    """Patches in the weight's order, [groups, N * positions, channels * kernel (+ 1)]: one copy, no rearrangement."""
+    """Patches at enough positions, in the weight's order, [groups, n, channels * kernel (+ 1)]; one copy."""
     axes, x = len(factor.kernel_size), factor.inputs
+    sizes = factor.output_grads.shape[3:]
+    k = _stride(factor.num_samples, sizes, factor.unit_numel)
+    seen = [range(size)[_every(k, size)] for size in sizes]
     if any(factor.padding):
         x = F.pad(x, [pad for p in reversed(factor.padding) for pad in (p, p)])
     x = x.reshape(factor.num_samples, factor.groups, -1, *x.shape[2:])
-    positions, steps = factor.output_grads.shape[3:], x.stride()[3:]
-    between = [s * step for s, step in zip(factor.stride, steps, strict=True)]
-    within = [d * step for d, step in zip(factor.dilation, steps, strict=True)]
+    between = [s * step for s, step in zip(factor.stride, x.stride()[3:], strict=True)]
+    within = [d * step for d, step in zip(factor.dilation, x.stride()[3:], strict=True)]
     patches = x.as_strided(
-        (x.shape[1], x.shape[0], *positions, x.shape[2], *factor.kernel_size),
-        (x.stride(1), x.stride(0), *between, x.stride(2), *within),
-        x.storage_offset(),
+        (x.shape[1], x.shape[0], *(len(places) for places in seen), x.shape[2], *factor.kernel_size),
+        (x.stride(1), x.stride(0), *(step * k for step in between), x.stride(2), *within),
+        x.storage_offset() + sum(places[0] * step for places, step in zip(seen, between, strict=True)),
     )
     q = factor.unit_numel
     rows = x.new_empty(*patches.shape[: 2 + axes], q + with_one)
