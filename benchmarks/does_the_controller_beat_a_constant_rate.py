@@ -7,7 +7,8 @@ its defaults. What counts is the final training loss, over all training samples,
 seconds say what the measurements cost. A constant rate of the controller's own mean, and its rates replayed without
 measurements from another seed's run, show what the rate's level and its course are worth.
 
-Beside it, the controller's parts: without the noise (signal power 0), and with the best single step (signal power 1).
+Beside it, the controller with the share of noise in its rate: half-way (signal power 0.5), and as the best single step
+has it (signal power 1). Defaults were chosen on seed 100, which is not reported.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from torchgeom_optim.diagnostics.hook import Diagnostics
 from torchgeom_optim.models import lenet
 
 METRICS = ["gradient_coherence", "gradient_norm", "weight_norm", "weight_condition_number"]
-RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
+RATES = (0.05, 0.1, 0.2, 0.4, 0.8)
 BATCH = 64
 
 
@@ -38,7 +39,7 @@ def digits_mlp() -> nn.Module:
 # Task -> data set, training samples, network, steps, steps between measurements
 TASKS: dict[str, tuple[str, int, Callable[[], nn.Module], int, int]] = {
     "MLP 64-64-64-10": ("digits", 1500, digits_mlp, 800, 10),
-    "lenet": ("cifar10", 5000, lenet, 500, 20),
+    "lenet": ("cifar10", 5000, lenet, 250, 10),
 }
 
 
@@ -58,7 +59,7 @@ def train(
         diagnostics = Diagnostics(model, criterion, every=every, metrics=METRICS, per_layer=False).attach(optimizer)
         scheduler = ConsistencyLR(optimizer, diagnostics, **rate)
     generator = torch.Generator().manual_seed(seed)
-    rates, begin = [], time.perf_counter()
+    rates, begin = [], time.process_time()
     for _ in range(steps):
         index = torch.randint(len(data.train_inputs), (BATCH,), generator=generator)
         optimizer.zero_grad()
@@ -67,7 +68,7 @@ def train(
         optimizer.step()
         if scheduler is not None:
             scheduler.step()
-    seconds = time.perf_counter() - begin
+    seconds = time.process_time() - begin
     if diagnostics is not None:
         diagnostics.close()
     loss, _ = evaluate(model, data.train_inputs, data.train_targets)
@@ -96,8 +97,8 @@ def task_numbers(name: str, data: Dataset, seeds: Sequence[int], smoke: bool) ->
         f"{kind} {rate:g}": runs(kind, rate) for kind in ("constant", "cosine") for rate in RATES[-2 if smoke else 0 :]
     }
     candidates["controller"] = runs("controller", {})
-    candidates["controller, no noise"] = runs("controller", {"signal_power": 0.0})
-    candidates["controller, single steps"] = runs("controller", {"signal_power": 1.0})
+    candidates["controller, signal power 0.5"] = runs("controller", {"signal_power": 0.5})
+    candidates["controller, signal power 1"] = runs("controller", {"signal_power": 1.0})
     own = candidates["controller"]
     candidates["constant, controller's mean"] = [
         train(data, make_model, steps, seed, every, statistics.fmean(run["rates"]), "constant")
@@ -120,7 +121,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         data = stand_in(source, 128, 64) if options.smoke else load_dataset(source, options.root, train_limit=count)
         candidates = task_numbers(name, data, seeds, options.smoke)
         best = {
-            kind: min((c for c in candidates if c.startswith(kind + " ")), key=lambda c: median_loss(candidates[c]))
+            kind: min(
+                (f"{kind} {rate:g}" for rate in RATES if f"{kind} {rate:g}" in candidates),
+                key=lambda c: median_loss(candidates[c]),
+            )
             for kind in ("constant", "cosine")
         }
         wins = sum(
@@ -166,7 +170,7 @@ def table(
                 "training loss": loss["median"],
                 "quartiles": f"{loss['lower']:.4g}-{loss['upper']:.4g}",
                 "test accuracy": quartiles([run["accuracy"] for run in runs])["median"],
-                "seconds": quartiles([run["seconds"] for run in runs])["median"],
+                "CPU seconds": quartiles([run["seconds"] for run in runs])["median"],
             }
         )
     return rows
