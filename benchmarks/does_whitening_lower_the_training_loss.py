@@ -39,8 +39,12 @@ METHODS: dict[str, tuple[range, bool, Optimizer]] = {
     "Adam": (range(-7, -3), False, lambda model, lr: torch.optim.Adam(model.parameters(), lr)),
     "SGD with 1/sqrt(n s)": (range(-1, 3), False, lambda model, lr: WhiteningSGD(model, lr, rule="fan_in")),
     "batch norm": (range(-3, 1), True, lambda model, lr: torch.optim.SGD(model.parameters(), lr)),
-    "whitening": (range(-2, 2), False, lambda model, lr: WhiteningSGD(model, lr)),
-    "whitening, momentum 0.9": (range(-4, 0), False, lambda model, lr: WhiteningSGD(model, lr, momentum=0.9)),
+    "whitening": (range(-2, 2), False, lambda model, lr: WhiteningSGD(model, lr, rule="whitening")),
+    "whitening, momentum 0.9": (
+        range(-4, 0),
+        False,
+        lambda model, lr: WhiteningSGD(model, lr, momentum=0.9, rule="whitening"),
+    ),
 }
 
 _data: Dataset

@@ -39,7 +39,10 @@ def main(argv: list[str] | None = None) -> None:
         torch.manual_seed(0)
         candidates = {
             "SGD": _step(plain, _sgd),
-            "WhiteningSGD": _step(plain, lambda m: WhiteningSGD(m, LR, momentum=MOMENTUM)),
+            "WhiteningSGD, rule whitening": _step(
+                plain, lambda m: WhiteningSGD(m, LR, momentum=MOMENTUM, rule="whitening")
+            ),
+            "WhiteningSGD": _step(plain, lambda m: WhiteningSGD(m, trust_radius=0.1, momentum=MOMENTUM)),
             "Adam": _step(plain, lambda m: torch.optim.Adam(m.parameters(), 1e-4)),
         }
         if normalized is not None:
