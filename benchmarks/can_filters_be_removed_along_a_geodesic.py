@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     data = stand_in("cifar10", 128) if smoke else load_dataset("cifar10", options.root, train_limit=options.images)
     numbers["data"] = f"{data.title}, first {len(data.train_inputs)} training images"
     torch.manual_seed(0)
-    dense = vgg11(width=WIDTH)
+    dense = vgg11(width=1 / 16 if smoke else WIDTH)
     begin = time.process_time()
     _train(dense, data, 1 if smoke else 12, 1e-3, falling=True)
     note("A", "dense", [_accuracy(dense, data)], begin, 1 if smoke else 12)
@@ -76,7 +76,9 @@ def _filters(dense: nn.Module, data: Dataset, samples: int, note: Note, smoke: b
     gone = 2 if smoke else GONE
     for name, per_filter in (("compensated path", 0.0), ("compensated path and training", 0.5)):
         model, begin, curve = copy.deepcopy(dense), time.process_time(), [_accuracy(dense, data)]
-        path = GeodesicSparsifier(model, Units({"0": gone}), steps=gone, undo_drift=per_filter == 0)
+        path = GeodesicSparsifier(
+            model, Units({_first(dense, nn.Conv2d): gone}), steps=gone, undo_drift=per_filter == 0
+        )
         optimizer = torch.optim.Adam(model.parameters(), 3e-4)
         while not path.arrived:
             path.step(_batch(data, samples, len(curve)))
@@ -86,8 +88,8 @@ def _filters(dense: nn.Module, data: Dataset, samples: int, note: Note, smoke: b
     for name, per_filter in (("magnitude", 0.0), ("magnitude and fine-tuning", 2.0)):
         model, begin, curve = copy.deepcopy(dense), time.process_time(), [_accuracy(dense, data)]
         optimizer = torch.optim.Adam(model.parameters(), 3e-4)
-        layer = model[0]
-        out = torch.zeros(FILTERS, dtype=torch.bool)
+        layer = model.get_submodule(_first(dense, nn.Conv2d))
+        out = torch.zeros(len(layer.weight), dtype=torch.bool)  # type: ignore[arg-type]
 
         @torch.no_grad()
         def hold(layer: nn.Module = layer, out: Tensor = out) -> None:
@@ -105,11 +107,12 @@ def _filters(dense: nn.Module, data: Dataset, samples: int, note: Note, smoke: b
 
 def _stations(dense: nn.Module, data: Dataset, samples: int, note: Note, smoke: bool) -> None:
     """D: filters out, units of the classifier out, filters back."""
-    classifier = next(name for name, module in dense.named_modules() if isinstance(module, nn.Linear))
+    convolution, classifier = _first(dense, nn.Conv2d), _first(dense, nn.Linear)
+    gone, restored = (2, 1) if smoke else (GONE, BACK)
     targets: list[tuple[Target, int, float]] = [
-        (Units({"0": GONE}), 2 if smoke else GONE, 2.0),
-        (Units({classifier: 0.12}), 2 if smoke else 3, 1.0),
-        (Dense({"0": BACK}), 2 if smoke else 4, 1.0),
+        (Units({convolution: gone}), gone, 2.0),
+        (Units({classifier: 0.12}), 1 if smoke else 3, 1.0),
+        (Dense({convolution: restored}), 1 if smoke else 4, 1.0),
     ]
     for name, share in (("no labels", 0.0), ("4 epochs", 1.0)):
         model, begin, curve = copy.deepcopy(dense), time.process_time(), [_accuracy(dense, data)]
@@ -124,19 +127,20 @@ def _stations(dense: nn.Module, data: Dataset, samples: int, note: Note, smoke: 
             curve.append(_accuracy(model, data))
         note("D", f"compensated path, {name}", curve, begin, 4 * share)
     model, begin, curve = copy.deepcopy(dense), time.process_time(), [_accuracy(dense, data)]
-    first, hidden = model[0], model.get_submodule(classifier)
+    first, hidden = model.get_submodule(convolution), model.get_submodule(classifier)
+    before = dense.get_submodule(convolution)
     with torch.no_grad():
         order = first.weight.flatten(1).norm(dim=1).argsort()
-        first.weight[order[:GONE]] = 0
-        first.bias[order[:GONE]] = 0
+        first.weight[order[:gone]] = 0
+        first.bias[order[:gone]] = 0
         curve.append(_accuracy(model, data))
         smallest = hidden.weight.norm(dim=1).argsort()[: round(0.12 * len(hidden.weight))]  # type: ignore[operator,arg-type]
         hidden.weight[smallest] = 0  # type: ignore[operator]
         hidden.bias[smallest] = 0  # type: ignore[operator]
         curve.append(_accuracy(model, data))
-        back = order[GONE - BACK : GONE]
-        first.weight[back] = dense[0].weight[back]  # type: ignore[index]
-        first.bias[back] = dense[0].bias[back]  # type: ignore[index]
+        back = order[gone - restored : gone]
+        first.weight[back] = before.weight[back]
+        first.bias[back] = before.bias[back]
         curve.append(_accuracy(model, data))
     note("D", "cut and put back, nothing else", curve, begin, 0)
 
@@ -165,6 +169,10 @@ def _two_tasks(root: object, note: Note, smoke: bool) -> None:
         note("F", f"{name}, MNIST", [a for a, _ in both], begin, 0)
         note("F", f"{name}, Fashion-MNIST", [b for _, b in both], begin, 0)
         note("F", f"{name}, best for both: MNIST and Fashion-MNIST", list(both[best]), begin, 0)
+
+
+def _first(model: nn.Module, kind: type[nn.Module]) -> str:
+    return next(name for name, module in model.named_modules() if isinstance(module, kind))
 
 
 def _batch(data: Dataset, count: int, seed: int) -> Tensor:

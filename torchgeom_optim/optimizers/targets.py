@@ -291,7 +291,10 @@ def unit_owner(space: TargetSpace, layers: tuple[str, ...]) -> Tensor:
     units: set[int] = set()
     for layer in layers:
         if layer not in modules:
-            raise ValueError(f"layer {layer!r}: must be the name of a module, as in model.named_modules().")
+            known = [name for name, module in modules.items() if module._parameters][:4]
+            raise ValueError(
+                f"layer {layer!r}: must be the name of a module, as in model.named_modules(), such as {known}."
+            )
         own = [names[id(p)] for p in modules[layer].parameters(recurse=False)]
         own = [name for name in own if name in space.vectors.shapes]
         if not own:
