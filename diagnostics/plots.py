@@ -23,8 +23,8 @@ _REFERENCE = {"color": "0.45", "linestyle": "--", "linewidth": 1.0}
 def dashboard(history: History, figure: Any = None) -> Any:
     """Draw all that a history holds.
 
-    Loss and learning rate stand above; below, one panel for each group of metrics that was recorded, heat maps of the
-    metrics by layer (input above, output below), and spectra, one line for each record, the data's beside the
+    Loss and learning rate stand above; below, one panel for each group of metrics that was recorded, heat maps of six
+    metrics by layer at most (input above, output below), and spectra, one line for each record, the data's beside the
     network's. Dashed lines are what a number is to be held against: the batch size, 2 / learning rate, the thesis's
     boundary for the rank of input gradients. Steps where the loss was no number are marked in red, and the title names
     what stands out (:func:`~torchgeom_optim.diagnostics.reading.verdicts`).
@@ -176,6 +176,9 @@ class _Spectrum:
             axes.plot(range(1, len(values) + 1), values, color=cm.viridis(span(record.step)), linewidth=1.3)
             drawn += values
         _log_axis(axes, drawn)
+        largest = max((value for value in drawn if math.isfinite(value)), default=1.0)
+        if min((value for value in drawn if math.isfinite(value)), default=1.0) < largest * 10.0**-_SPECTRUM_DECADES:
+            axes.set_ylim(largest * 10.0**-_SPECTRUM_DECADES, 3.0 * largest)
         axes.set_xlabel("number of the eigenvalue", fontsize=8)
         axes.set_title(f"Spectrum: {self.name.replace('_', ' ')}", fontsize=10, loc="left")
         if len(records) > 1:
@@ -218,7 +221,30 @@ _PANELS = (
         },
     ),
     _Panel("Norms", {"weights": "weight_norm", "gradient": "gradient_norm", "tr Fisher": "fisher_trace"}, log=True),
+    _Panel("Spectrum: decades", {"Fisher": "fisher_decades", "data": "data_decades"}),
+    _Panel("Spectrum: slope of its logarithm", {"Fisher": "fisher_slope", "data": "data_slope"}),
+    _Panel(
+        "Spectrum: effective dimension",
+        {"Fisher": "fisher_effective_dimension", "data": "data_effective_dimension"},
+        log=True,
+    ),
+    _Panel(
+        "Spectrum: stiff fraction",
+        {"Fisher": "fisher_stiff_fraction", "data": "data_stiff_fraction"},
+        limits=(-0.03, 1.03),
+    ),
 )
+# With more metrics by layer than a look can take in these come first; a spectrum's other summaries stay in records.
+_FIRST_MAPS = (
+    "gradient_coherence",
+    "relative_gradient_rank",
+    "gradient_confusion",
+    "weight_condition_number",
+    "weight_gradient_cosine",
+)
+_MOST_MAPS = 6
+_NOT_DRAWN = ("fisher_spectrum_trace", "fisher_participation_ratio", "data_participation_ratio")
+_SPECTRUM_DECADES = 12  # below is round-off
 
 
 def _panels(history: History) -> list[_Panel]:
@@ -229,7 +255,7 @@ def _panels(history: History) -> list[_Panel]:
         for panel in _PANELS
     ]
     columns = {column for panel in known for column in panel.lines.values()}
-    others = [_Panel(name.replace("_", " "), {name: name}) for name in there if name not in columns]
+    others = [_Panel(name.replace("_", " "), {name: name}) for name in there if name not in {*columns, *_NOT_DRAWN}]
     return [panel for panel in known if panel.lines] + others
 
 
@@ -245,11 +271,13 @@ def _heat_maps(history: History) -> list[_HeatMap]:
             if layer in weights
         }
         maps.append(_HeatMap("|gradient| / |weights|, by layer", relative, log=True))
+    first = {name: columns[name] for name in _FIRST_MAPS if name in columns}
+    columns = {**first, **columns}
     linear = {"gradient_coherence", "gradient_confusion", "weight_gradient_cosine", "weight_gradient_coherence"}
     maps += [
         _HeatMap(f"{name.replace('_', ' ')}, by layer", layers, name not in linear) for name, layers in columns.items()
     ]
-    return [content for content in maps if content.layers]
+    return [content for content in maps if content.layers][:_MOST_MAPS]
 
 
 def _spectra(history: History) -> list[_Spectrum]:
