@@ -144,8 +144,12 @@ def _train(job: tuple[str, int, int, int]) -> dict:
             optimizer.zero_grad()
             loss = nn.functional.cross_entropy(model(x[index]), y[index])
             loss.backward()
-            optimizer.step()
             epoch_loss += loss.detach()
+            try:
+                optimizer.step()
+            except FloatingPointError:  # gradients that are not finite
+                epoch_loss += float("inf")
+                break
         if not torch.isfinite(epoch_loss):
             diverged = True
             break

@@ -8,8 +8,8 @@ with and without momentum, Adam and AdamW, each at the best of a half-decade gri
 there, as a multiple of the first one.
 
 Part two multiplies the incoming weights of every hidden ReLU unit by 10^U(-1, 1) in the middle of training and divides
-its outgoing ones by the same: the function stays what it was. "dead": by how much the share of hidden units that no sample
-of a batch activates has grown at the end; mean losses of an epoch before and after that moment stand beside it.
+its outgoing ones by the same: the function stays what it was. "dead": by how much the share of hidden units that no
+sample of a batch activates has grown at the end; mean losses of an epoch before and after stand beside it.
 
 Runs are kept in a file of their own as they come, so that an interrupted benchmark goes on where it was.
 """
@@ -141,7 +141,12 @@ def _compare(runs: Runs, name: str, job: Job, options: Any) -> Iterator[dict[str
     for method, lr in best.items():
         yield _row(name, method, lr, [runs(options, name, job, method, lr, seed, False) for seed in seeds])
     for lr in RATES:
-        yield _row(name, CAPPED, lr, [runs(options, name, job, CAPPED, lr, seed, False) for seed in list(seeds)[: job.seeds // 2]])
+        yield _row(
+            name,
+            CAPPED,
+            lr,
+            [runs(options, name, job, CAPPED, lr, seed, False) for seed in list(seeds)[: job.seeds // 2]],
+        )
     if name != "resnet20":
         for method in RESCALED:
             few = list(seeds)[:3]
@@ -218,7 +223,11 @@ def _train(
         optimizer.zero_grad()
         loss = _loss(model, x, y)
         loss.backward()
-        optimizer.step()
+        try:
+            optimizer.step()
+        except FloatingPointError:  # gradients that are not finite
+            losses.append(math.inf)
+            break
         scheduler.step()
         losses.append(loss.item())
     seconds = time.perf_counter() - begin

@@ -4,8 +4,8 @@ The thesis's study (its Figs. 2.5-2.6, 3.3-3.20, 4.4-4.9) at a size that two cor
 depths, narrow ones, on 16 x 16 images (CIFAR-10 averaged over 2 x 2 pixels), plain SGD with one rate for all, batch 64.
 Every metric of the thesis is measured through a short training. As in the thesis each run gives two points, at its
 steepest descent (moving average of the loss over 20 steps) and at its lowest loss; and, as the thesis's section 4.2.1
-asks, a third, at initialisation. Spearman's rank correlations of each metric with the speed of the descent, and with the final loss, say
-which of the thesis's trends hold here; networks are the samples, seeds are averaged.
+asks, a third, at initialisation. Spearman's rank correlations of each metric with the speed of the descent, and with
+the final loss, say which of the thesis's trends hold here; networks are the samples, seeds are averaged.
 
 The points are in the JSON; ``--plot FILE`` draws them from there without measuring anything.
 """

@@ -45,7 +45,7 @@ def _callback_class() -> type:
     """The class, whose base is only there once transformers is imported."""
     base = optional_import("transformers", "huggingface_callback").TrainerCallback
 
-    class DiagnosticsCallback(base):  # type: ignore[misc]  # known at run time only
+    class DiagnosticsCallback(base):  # type: ignore[misc, valid-type]  # known at run time only
         def __init__(self, diagnostics: Diagnostics, prefix: str) -> None:
             self.diagnostics = diagnostics
             self._prefix = prefix

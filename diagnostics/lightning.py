@@ -41,7 +41,7 @@ def _callback_class() -> type:
     """The class, whose base is only there once Lightning is imported."""
     base = optional_import("lightning.pytorch", "lightning_callback").Callback
 
-    class DiagnosticsCallback(base):  # type: ignore[misc]  # known at run time only
+    class DiagnosticsCallback(base):  # type: ignore[misc, valid-type]  # known at run time only
         def __init__(self, diagnostics: Diagnostics, log: bool, prefix: str) -> None:
             self.diagnostics = diagnostics
             self._log, self._prefix = log, prefix

@@ -55,7 +55,7 @@ class GradientGraph:
     def nodes(self, name: str) -> Tensor:
         """The places within a layer of the parameters that have an edge, ascending; ``unravel_index`` gives indices."""
         start = self._starts()[name]
-        ends = torch.cat([self.sources, self.targets]).unique()
+        ends: Tensor = torch.cat([self.sources, self.targets]).unique()  # type: ignore[no-untyped-call]
         return ends[(ends >= start) & (ends < start + self.shapes[name].numel())] - start
 
     def draw(self, axes: Any = None, *, color: Any = None, title: str | None = None) -> Any:
@@ -84,7 +84,7 @@ class GradientGraph:
             for weight, share in zip(self.weights.tolist(), strength.tolist(), strict=True)
         ]
         axes.add_collection(lines.LineCollection(ends.T.reshape(-1, 2, 2).cpu().numpy(), colors=shades, linewidths=0.6))
-        places = torch.cat([self.sources, self.targets]).unique()
+        places = torch.cat([self.sources, self.targets]).unique()  # type: ignore[no-untyped-call]
         axes.scatter(columns[places].cpu(), heights[places].cpu(), s=5, color="black", linewidths=0, zorder=3)
         for column, shape in enumerate(self.shapes.values()):
             axes.plot([column, column], [0, 1], color="0.85", linewidth=1, zorder=0)
@@ -265,7 +265,7 @@ def _hessian_blocks(
     with private_evaluation(model):
         # Gradient by the smaller layer, as a function of the larger one; its rows are pulled back.
         gradient = grad(loss, 0 if by_left else 1)
-        _, pull = vjp(
+        _, pull, *_ = vjp(
             (lambda w: gradient(values[left], w)) if by_left else (lambda w: gradient(w, values[right])), values[many]
         )
         unit = torch.eye(values[few].numel(), dtype=values[few].dtype, device=values[few].device)

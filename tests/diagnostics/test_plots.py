@@ -104,12 +104,20 @@ def test_evenly_spaced_logarithms_get_a_logarithmic_axis():
 @pytest.mark.parametrize(
     "history",
     [
-        run(1),
-        run(2, steps=[5, 5]),
+        run(1, values={}),
+        run(2, steps=[5, 5], values={}, spectrum={}),
         run(values={}, layers={}, spectrum={}),
-        run(values={"gradient_diversity": math.nan, "top_curvature": -1.0, "gradient_noise_scale": math.inf}),
-        run(layers={"gradient_coherence": {"a_rather_long_name_of_a_layer.0.conv": math.nan}}),
-        run(layers={"gradient_norm": {f"l{k}": 0.0 for k in range(60)}, "weight_norm": {"l0": 0.0}}),
+        run(
+            layers={},
+            spectrum={},
+            values={"gradient_diversity": math.nan, "top_curvature": -1.0, "gradient_noise_scale": math.inf},
+        ),
+        run(values={}, spectrum={}, layers={"gradient_coherence": {"a_rather_long_name_of_a_layer.0.conv": math.nan}}),
+        run(
+            values={},
+            spectrum={},
+            layers={"gradient_norm": {f"l{k}": 0.0 for k in range(60)}, "weight_norm": {"l0": 0.0}},
+        ),
     ],
     ids=["one record", "same step twice", "loss alone", "not finite", "nan layer", "many layers without weights"],
 )

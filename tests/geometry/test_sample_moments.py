@@ -121,7 +121,7 @@ def test_what_is_missing_is_named():
     with pytest.raises(ValueError, match="couples the parameters of one unit"):
         mean_dual_norm_sq(metrics(3, 4, g)["quasi"], moments, "weight")
     eye = torch.eye(4, dtype=F64)[None]
-    with pytest.raises(TypeError, match="KroneckerMetric.*effective dimension"):
+    with pytest.raises(TypeError, match=r"KroneckerMetric.*effective dimension"):
         mean_dual_norm_sq(KroneckerMetric.factorise(eye, eye), moments)
     layer, x = nn.Linear(3, 2), torch.randn(5, 3)
     factor = factors_of_call(rule_for(layer), layer, x, torch.randn(5, 2, 2), ("weight",))["weight"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -11,7 +12,6 @@ from torch.func import functional_call, hessian
 from torch.nn import functional as F
 
 from tests.oracles import per_sample_gradients, tolerance
-from torchgeom_optim.models import gradient_graph as module
 from torchgeom_optim.models.gradient_graph import (
     GradientGraph,
     draw_graphs,
@@ -21,6 +21,8 @@ from torchgeom_optim.models.gradient_graph import (
 
 NAMES = ["0.weight", "2.weight", "4.weight"]
 SIZES = [20, 30, 18]
+
+MODULE = sys.modules["torchgeom_optim.models.gradient_graph"]  # its name in the package is that of the function
 
 
 def network() -> nn.Sequential:
@@ -56,7 +58,7 @@ def between_neighbours(matrix: Tensor) -> Tensor:
 @pytest.mark.parametrize("small_blocks", [False, True])
 def test_all_edges_are_the_matrix(weights, small_blocks, monkeypatch):
     if small_blocks:
-        monkeypatch.setattr(module, "_NUMBERS_AT_ONCE", 47)
+        monkeypatch.setattr(MODULE, "_NUMBERS_AT_ONCE", 47)
     model, (x, y) = network(), batch()
     found = gradient_graph(model, x, y, edges=1.0, weights=weights)
     expected = between_neighbours(full_matrix(model, x, y, weights))
@@ -149,6 +151,6 @@ def test_bad_settings(settings, message):
 
 
 def test_too_many_edges(monkeypatch):
-    monkeypatch.setattr(module, "_MOST_EDGES", 100)
+    monkeypatch.setattr(MODULE, "_MOST_EDGES", 100)
     with pytest.raises(ValueError, match="at most 100 between two layers"):
         gradient_graph(network(), *batch(), edges=1.0)

@@ -203,10 +203,11 @@ def _grouped_rows(factor: ConvolutionFactor, start: int, stop: int) -> Tensor:
     g = g.reshape(num_samples, factor.groups, -1, *g.shape[2:])
     piece = g[:, :, start:stop].reshape(1, -1, *g.shape[3:])
     weight = x.new_empty(()).expand(piece.shape[1], x.shape[1] // (num_samples * factor.groups), *factor.kernel_size)
-    return torch.ops.aten.convolution_backward(
+    grads: Tensor = torch.ops.aten.convolution_backward(
         piece, x, weight, None, factor.stride, factor.padding, factor.dilation, False,
         [0] * len(factor.kernel_size), num_samples * factor.groups, [False, True, False],
-    )[1].view(num_samples, -1)  # fmt: skip
+    )[1]  # fmt: skip
+    return grads.view(num_samples, -1)
 
 
 def _pixels_first(left: ConvolutionFactor, right: ConvolutionFactor) -> Tensor:

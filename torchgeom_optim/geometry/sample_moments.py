@@ -81,13 +81,13 @@ def sample_moments(weight: Factor, bias_grads: Tensor | None = None, *, with_row
         row = torch.bmm(g_sq, a).flatten(0, 1).div_(num_samples) if with_row else None
         return SampleMoments(torch.bmm(g_sq, a.square()).flatten(0, 1).div_(num_samples), row, bias_sq)
     source: Factor = weight if outer is None else outer
-    squares, rows = list[Tensor](), list[Tensor]()
+    unit_squares, bias_rows = list[Tensor](), list[Tensor]()
     for start, stop in pieces(source.num_units, num_samples * source.unit_numel * 8, source.unit_step):
         grads = source.rows(start, stop).view(num_samples, stop - start, -1)
         if with_row and bias_grads is not None:
-            rows.append(torch.einsum("nui,nu->ui", grads, bias_grads[:, start:stop]).div_(num_samples))
-        squares.append(grads.square_().sum(0).div_(num_samples))
-    return SampleMoments(torch.cat(squares), torch.cat(rows) if with_row else None, bias_sq)
+            bias_rows.append(torch.einsum("nui,nu->ui", grads, bias_grads[:, start:stop]).div_(num_samples))
+        unit_squares.append(grads.square_().sum(0).div_(num_samples))
+    return SampleMoments(torch.cat(unit_squares), torch.cat(bias_rows) if with_row else None, bias_sq)
 
 
 def mean_dual_norm_sq(metric: LayerMetric, moments: SampleMoments, block: Block = "layer") -> BlockValues:

@@ -345,7 +345,7 @@ def shapes_of_statistics(
     """
     shape = tuple(torch.view_as_real(p).shape) if p.is_complex() else tuple(p.shape) or (1,)
     shape = shape[::-1] if layer is not None and layer.is_embedding else shape
-    needs = dict.fromkeys(("grad_sq", "bias_row", "sample_sq", "sample_row"), shape)
+    needs: dict[str, tuple[int, ...]] = dict.fromkeys(("grad_sq", "bias_row", "sample_sq", "sample_row"), shape)
     needs["norm_sq"] = {"weight": shape, "unit": shape[:1]}.get(block, ())
     if layer is not None and "output_factor" in values:
         groups, q = layer.groups, math.prod(shape[1:]) + (layer.bias is not None)

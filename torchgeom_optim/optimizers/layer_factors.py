@@ -91,7 +91,7 @@ class CapturedProduct:
         """
         grads = [p.grad for p in parameters]
         return len(grads) == len(self.made) and all(
-            type(grad) is Tensor and grad._version == 0 and StorageWeakRef(grad.untyped_storage()) == made
+            type(grad) is Tensor and grad._version == 0 and _memory_of(grad) == made
             for grad, made in zip(grads, self.made, strict=True)
         )
 
@@ -225,7 +225,7 @@ class FactorCall(LayerCall):
             return
         of_inputs = seen.factors[0]
         assert isinstance(of_inputs, Rows)
-        memory = [StorageWeakRef(grad.untyped_storage()) for grad in made if grad is not None]
+        memory = [_memory_of(grad) for grad in made if grad is not None]
         seen.product = CapturedProduct(of_inputs.values[0], at_least_float32(output_grads[0].detach()), memory)
 
 
@@ -363,3 +363,7 @@ def averaged(terms: Sequence[Term], past: Tensor | None, decay: float) -> Tensor
         total = values * weight if total is None else torch.add(values * weight, total.to(values.dtype), alpha=keep)
     assert total is not None
     return total
+
+
+def _memory_of(tensor: Tensor) -> StorageWeakRef:
+    return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]

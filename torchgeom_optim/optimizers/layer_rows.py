@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,7 +83,8 @@ def output_rows(layer: AffineLayer, g: Tensor) -> Rows:
     if layer.spatial_axes:
         positions = g.shape[-layer.spatial_axes :]
         k = _stride(g.numel() // g.shape[layer.channel_axis] // math.prod(positions), positions, len(layer.weight))
-        g = g[(..., *(_every(k, size) for size in positions))]
+        some: tuple[Any, ...] = (..., *(_every(k, size) for size in positions))
+        g = g[some]
     g = at_least_float32(g).movedim(layer.channel_axis, -1)
     rows = g.reshape(-1, layer.groups, g.shape[-1] // layer.groups).transpose(0, 1)
     return Rows(rows, 1.0 / max(rows.shape[1], 1))
@@ -142,7 +143,7 @@ def _factor(layer: AffineLayer, x: Tensor, g: Tensor) -> Factor:
 def _stride(num_samples: int, positions: Sequence[int], num_entries: int) -> int:
     """Every how many-th position of each axis is enough."""
     enough = max(_ENOUGH_POSITIONS, _POSITIONS_PER_ENTRY * num_entries)
-    return max(1, round((num_samples * math.prod(positions) / enough) ** (1 / max(len(positions), 1))))
+    return max(1, round(math.pow(num_samples * math.prod(positions) / enough, 1 / max(len(positions), 1))))
 
 
 def _every(k: int, size: int) -> slice:
@@ -168,7 +169,7 @@ def _patches(factor: ConvolutionFactor, *, with_one: bool) -> Tensor:
     )
     q = factor.unit_numel
     rows = x.new_empty(*patches.shape[: 2 + axes], q + with_one)
-    rows[..., :q].unflatten(-1, patches.shape[2 + axes :]).copy_(patches)
+    rows[..., :q].view(patches.shape).copy_(patches)
     if with_one:
         rows[..., q] = 1.0
     return rows.flatten(1, 1 + axes)

@@ -113,8 +113,9 @@ def _accumulate(
     old = [k for k in range(len(stepped)) if k not in set(new)]
     buffers = [state[stepped[k]]["momentum_buffer"] for k in old]
     if buffers:
-        torch._foreach_mul_(buffers, momentum)
-        torch._foreach_add_(buffers, [now[k] for k in old], alpha=1 - group["dampening"])
+        torch._foreach_mul_(buffers, momentum)  # pyright: ignore[reportPrivateImportUsage]
+        new_parts = [now[k] for k in old]
+        torch._foreach_add_(buffers, new_parts, alpha=1 - group["dampening"])  # pyright: ignore[reportPrivateImportUsage]
     for p, direction in zip(stepped, now, strict=True):
         buffer = state[p]["momentum_buffer"]
         directions[id(p)] = direction.add(buffer, alpha=momentum) if group["nesterov"] else buffer.clone()
