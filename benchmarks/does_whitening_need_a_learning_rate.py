@@ -62,7 +62,7 @@ JOBS = {
     "lenet": Job("cifar10", 5000, 640, 5),
     "mlp_deep": Job("mnist", 5000, 640, 5),
     "char_gpt": Job(None, 0, 500, 3),
-    "resnet20": Job("cifar10", 1000, 80, 2),
+    "resnet20": Job("cifar10", 1000, 80, 1),
 }
 
 # name: (first grid as exponents of sqrt(10), optimizer)
@@ -145,11 +145,11 @@ def _compare(runs: Runs, name: str, job: Job, options: Any) -> Iterator[dict[str
             name,
             CAPPED,
             lr,
-            [runs(options, name, job, CAPPED, lr, seed, False) for seed in list(seeds)[: job.seeds // 2]],
+            [runs(options, name, job, CAPPED, lr, seed, False) for seed in list(seeds)[: max(job.seeds // 2, 1)]],
         )
     if name != "resnet20":
         for method in RESCALED:
-            few = list(seeds)[:3]
+            few = list(seeds)[: max(job.seeds // 2, 1)]
             yield _row(
                 name, method, best[method], [runs(options, name, job, method, best[method], s, True) for s in few]
             )
