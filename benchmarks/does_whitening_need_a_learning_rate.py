@@ -147,12 +147,9 @@ def _compare(runs: Runs, name: str, job: Job, options: Any) -> Iterator[dict[str
             lr,
             [runs(options, name, job, CAPPED, lr, seed, False) for seed in list(seeds)[: max(job.seeds // 2, 1)]],
         )
-    if name != "resnet20":
-        for method in RESCALED:
-            few = list(seeds)[: max(job.seeds // 2, 1)]
-            yield _row(
-                name, method, best[method], [runs(options, name, job, method, best[method], s, True) for s in few]
-            )
+    few = list(seeds)[: max(job.seeds // 2, 1)]
+    for method in RESCALED:
+        yield _row(name, method, best[method], [runs(options, name, job, method, best[method], s, True) for s in few])
 
 
 def _rate(exponent: int) -> float:
