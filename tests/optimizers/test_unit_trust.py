@@ -117,15 +117,20 @@ def batches(number: int, seed: int = 1) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-def side_by_side(steps: int = 60, fault: str = "", **settings) -> tuple[nn.Module, nn.Module]:
+def deep_network() -> nn.Sequential:
+    layers = [layer for k in range(5) for layer in (nn.Linear(72 if k == 0 else 6, 6), nn.Tanh())]
+    return nn.Sequential(nn.Flatten(), *layers, nn.Linear(6, 3))
+
+
+def side_by_side(steps: int = 60, fault: str = "", build=Plain, length: int = 3, **settings):
     torch.manual_seed(0)
-    ours = Plain().double()
+    ours = build().double()
     theirs = copy.deepcopy(ours)
     reference = dict(settings)
     lr, rho = reference.pop("lr", None), reference.pop("trust_radius", 1.0)
     pairs = (
         (ours, WhiteningSGD(ours, **settings)),
-        (theirs, TrustedReference(theirs, lr, rho, 3, fault, **reference)),
+        (theirs, TrustedReference(theirs, lr, rho, length, fault, **reference)),
     )
     for x, y in batches(steps):
         for model, optimizer in pairs:
@@ -143,6 +148,15 @@ def side_by_side(steps: int = 60, fault: str = "", **settings) -> tuple[nn.Modul
 def test_steps_follow_the_rule_unit_by_unit(settings):
     ours, theirs = side_by_side(**settings)
     torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), **tolerance(condition=1e6))
+
+
+@pytest.mark.parametrize("settings", [{}, {"lr": 0.3}], ids=str)
+def test_layers_in_a_row_share_the_radius(settings):
+    ours, theirs = side_by_side(20, build=deep_network, length=6, **settings)
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), **tolerance(condition=1e6))
+    _, alone = side_by_side(3, build=deep_network, length=4, **settings)
+    _, shared = side_by_side(3, build=deep_network, length=6, **settings)
+    assert not torch.allclose(alone[1].weight, shared[1].weight, rtol=1e-3)
 
 
 def test_another_rule_leads_elsewhere():
@@ -300,3 +314,88 @@ def test_it_trains_far_beyond_the_learning_rates_of_sgd():
             scheduler.step()
         finals.append(loss.item())
     assert all(math.isfinite(final) and final < 0.5 for final in finals), finals
+
+
+def plain_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> None:
+    optimizer.zero_grad()
+    model(x).square().mean().backward()
+    optimizer.step()
+
+
+def test_inputs_that_are_all_zero_do_no_harm():
+    for bias in (False, True):
+        model = nn.Sequential(nn.Linear(4, 3, bias=bias), nn.Linear(3, 2)).double()
+        plain_step(model, WhiteningSGD(model), torch.zeros(8, 4, dtype=torch.float64))
+        assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+def test_the_chain_is_not_taken_from_steps_and_copies_that_saw_none():
+    model, x = deep_network().double(), batches(1)[0][0]
+    optimizer = WhiteningSGD([{"params": model.parameters()}, {"params": []}], model=model)
+    optimizer.step()  # without a gradient
+    assert optimizer.param_groups[0]["chain_length"] is None
+    model(x).square().mean().backward()
+    optimizer.load_state_dict(optimizer.state_dict())  # looks at the model anew
+    _, other = copy.deepcopy((model, optimizer))
+    for each in (optimizer, other):
+        assert each._chain.length == 6
+    optimizer.step()
+    assert optimizer.param_groups[0]["chain_length"] == 6
+
+
+def test_a_rule_that_is_set_between_the_passes_and_the_step_takes_effect_with_the_next_pass():
+    model, x = hidden_network(), torch.randn(8, 6, dtype=torch.float64)
+    optimizer = WhiteningSGD(model, lr=0.01, rule="sgd")
+    model(x).square().mean().backward()
+    optimizer.param_groups[0]["rule"] = "fan_in"
+    other = WhiteningSGD(model)
+    plain_step(model, other, x)
+    other.param_groups[0]["rule"] = "sgd"
+    other.zero_grad()
+    model(x).square().mean().backward()
+    other.param_groups[0]["rule"] = "trust_region"
+    for _ in range(2):
+        plain_step(model, other, x)
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+@pytest.mark.parametrize("zero", [0.0, torch.tensor(0.0)], ids=["number", "tensor"])
+def test_a_rate_that_is_raised_from_zero_by_hand_is_a_radius(zero):
+    model = hidden_network()
+    before = copy.deepcopy(model.state_dict())
+    optimizer = WhiteningSGD(model, lr=zero)
+    x = torch.randn(16, 6, dtype=torch.float64)
+    plain_step(model, optimizer, x)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    for lr in (1e-5, 0.1):
+        optimizer.param_groups[0]["lr"] = lr
+        plain_step(model, optimizer, x)
+    moved = torch.cat([(p - before[name]).flatten() for name, p in model.named_parameters()])
+    assert 0 < float(moved.abs().max()) < 1
+
+
+def test_sparse_and_complex_parameters_are_bounded_as_a_whole():
+    model = nn.ModuleDict({"embedding": nn.Embedding(6, 3, sparse=True)}).double()
+    model.phase = nn.Parameter(torch.ones(3, dtype=torch.complex128))
+    before = copy.deepcopy(model.state_dict())
+    optimizer = WhiteningSGD(model, trust_radius=0.4)
+    y = model["embedding"](torch.tensor([0, 2, 2])) * model.phase
+    (y.abs().square().sum() * 1e6).backward()
+    optimizer.step()
+    for name, p in model.named_parameters():
+        moved = (p - before[name]).abs().square().mean().sqrt()
+        size = before[name].abs().square().mean().sqrt() + 0.01
+        assert 0 < float(moved) <= 0.1 * float(size)
+    assert {row.rule for row in optimizer.report()} == {"trust_region"}
+
+
+def test_a_checkpoint_of_a_layer_with_other_outputs_is_refused():
+    narrow, wide = nn.Linear(4, 3), nn.Linear(4, 6)
+    optimizer = WhiteningSGD(narrow)
+    plain_step(narrow, optimizer, torch.randn(8, 4))
+    state = optimizer.state_dict()
+    state["state"] = {
+        k: {n: v for n, v in values.items() if n != "momentum_buffer"} for k, values in state["state"].items()
+    }
+    with pytest.raises(ValueError, match="spread_sq of shape"):
+        WhiteningSGD(wide).load_state_dict(state)

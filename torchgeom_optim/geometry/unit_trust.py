@@ -5,7 +5,7 @@ A step s_j d_j of unit j's weights (and bias), its inputs held fixed, moves its 
     r_j^2 = E[(d_j . x)^2]     measured by applying the layer with d in place of its weights to a few samples
     sigma_j^2 = var[y_j]       over the batch
 
-the share s_j r_j / sigma_j is a number without units that no rescaling of units or inputs affects.
+the share s_j r_j / sigma_j is a number without units that no rescaling of units or inputs affects, but for floors.
 
 Source: Lafond, Vasilache and Bottou 2017, "Diagonal rescaling for neural networks", leave open what to do where the
 running statistics are wrong by orders of magnitude (§4.4). The bound is ours; taken over a running average of r_j^2 it
@@ -45,12 +45,12 @@ def relative_change(change_sq: Tensor, expected_change_sq: Tensor, spread_sq: Te
     Args:
         change_sq: r_j^2 of the present direction, [m].
         expected_change_sq: its running average, the present one included; 0 for a bound without memory.
-        spread_sq: sigma_j^2, positive.
+        spread_sq: sigma_j^2, not negative.
 
     Returns:
-        q, [m]. Elementwise: vectors of several layers may be joined.
+        q, [m], 0 where nothing moves. Elementwise: vectors of several layers may be joined.
     """
-    return torch.maximum(change_sq, expected_change_sq).div_(spread_sq)
+    return torch.maximum(change_sq, expected_change_sq).div_(spread_sq.clamp(min=torch.finfo(spread_sq.dtype).tiny))
 
 
 def unit_scale(relative: Tensor, floor: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ class ChainLength:
     """
 
     def __init__(self) -> None:
-        self.length = 1
+        self.length = 0  # no call was seen yet
         self._key = object()  # lengths are written into the graph's nodes, so that nothing here keeps a graph alive
 
     def see(self, layer_input: Tensor, output: Tensor) -> None:

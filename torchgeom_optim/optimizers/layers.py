@@ -100,7 +100,8 @@ class LayerCall:
         self._moments: Moments | None = None
         self._with_output_grads = with_output_grads
         self._module = module
-        self._probing = probing if len(layer.calls) < _PROBED_CALLS else 0
+        self._probing = probing if layer.num_probed < _PROBED_CALLS else 0
+        layer.num_probed += 1
         self._probes: tuple[Probe, ...] = ()
         # A copy of some, as an activation may change the output in place.
         self._outputs = sampled(y, layer.channel_axis).clone() if probing else None
@@ -183,6 +184,7 @@ class AffineLayer:
     def __post_init__(self) -> None:
         module = self.modules[0]
         self._grad_version: int | None = None
+        self.num_probed = 0  # calls, with a backward pass or without, since the last step
         self.parameters = [p for p in (self.weight, self.bias, *self.free_biases) if p is not None]
         self.is_embedding = isinstance(module, nn.Embedding)
         self.spatial_axes = len(module.kernel_size) if isinstance(module, _CONVOLUTIONS) else 0

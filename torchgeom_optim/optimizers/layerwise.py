@@ -53,6 +53,7 @@ class LayerwiseOptimizer(Optimizer):
 
     # Tensors in the state that stay in their own dtype and have the length of a layer's input.
     _input_statistics: tuple[str, ...] = ()
+    _output_statistics: tuple[str, ...] = ()  # the same, of the length of its output
     _statistics: tuple[str, ...] = ()
 
     def __init__(
@@ -232,6 +233,7 @@ class LayerwiseOptimizer(Optimizer):
     def _forget_calls(self) -> None:
         for layer in self._layers:
             layer.calls.clear()
+            layer.num_probed = 0
 
     # -- the step ------------------------------------------------------------------------------------------------
 
@@ -432,10 +434,12 @@ class LayerwiseOptimizer(Optimizer):
         return state_dict
 
     def _check_shapes(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
-        num_inputs = {layer.weight: (layer.num_inputs,) for layer in self._layers}
+        of_weight = {layer.weight: layer for layer in self._layers}
         for p, values in state.items():
             needs = dict.fromkeys(("momentum_buffer", "gradient_momentum"), tuple(p.shape))
-            needs |= {key: num_inputs[p] for key in self._input_statistics if p in num_inputs}
+            if (layer := of_weight.get(p)) is not None:
+                needs |= dict.fromkeys(self._input_statistics, (layer.num_inputs,))
+                needs |= dict.fromkeys(self._output_statistics, (layer.num_units,))
             for key, need in needs.items():
                 value = values.get(key)
                 if isinstance(value, Tensor) and tuple(value.shape) != need:

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchgeom_optim.geometry.unit_trust import FLAT_SHARE, relative_change, unit_scale
 from torchgeom_optim.optimizers.chain_length import ChainLength
 from torchgeom_optim.optimizers.distributed import Ranks
 from torchgeom_optim.optimizers.layers import AffineLayer
 from torchgeom_optim.optimizers.unit_trust import (
+    BARE_FLOOR,
     TrustedBlock,
     bare_block,
     find_norms,
@@ -31,14 +33,15 @@ class TrustRegionRule:
 
     Args:
         model: looked through once for normalisations.
+        chain: to be shown the calls of the first step.
 
     Attributes:
-        chain: to be shown the calls of the first step.
+        chain: see above.
         norms: weights of normalisations, with their biases.
     """
 
-    def __init__(self, model: nn.Module | None) -> None:
-        self.chain = ChainLength()
+    def __init__(self, model: nn.Module | None, chain: ChainLength) -> None:
+        self.chain = chain
         self.norms = find_norms(model)
 
     def scale(
@@ -63,9 +66,9 @@ class TrustRegionRule:
             ranks: the processes that train the model.
         """
         for group in groups:
-            if group["chain_length"] is None:
-                device = group["params"][0].device
-                group["chain_length"] = int(ranks.largest(self.chain.length, device))
+            if group["chain_length"] is None and group["params"]:
+                length = int(ranks.largest(self.chain.length, group["params"][0].device))
+                group["chain_length"] = length or None  # nothing was seen yet
             stepped = [p for p in group["params"] if can_be_scaled(p)]
             directions.update({id(p): p.grad.clone() for p in stepped if id(p) not in directions})
             _accumulate(group, stepped, directions, state)
@@ -86,6 +89,8 @@ class TrustRegionRule:
             for p in group["params"]:
                 if p not in covered and can_be_scaled(p):
                     add(p, bare_block(p, directions))
+                elif p.grad is not None and not can_be_scaled(p):
+                    directions[id(p)] = _bounded_alone(p, group, state[p])
             scale_blocks(
                 blocks[id(group)],
                 directions,
@@ -122,19 +127,33 @@ def _accumulate(
 
 
 def can_be_scaled(parameter: Tensor) -> bool:
-    """Whether a parameter has a gradient now that the bound can be put on; else SGD takes its step."""
+    """Whether a parameter has a gradient now that the bound joins with others: dense, and real."""
     grad = parameter.grad
     return grad is not None and not grad.is_sparse and not grad.is_complex()
 
 
-def _bounded(group: dict[str, Any], scale: Tensor) -> Tensor:
+def _bounded_alone(parameter: Tensor, group: Mapping[str, Any], state: dict[str, Any]) -> Tensor:
+    """A sparse or complex gradient, scaled as a whole; 1 - momentum keeps SGD's momentum, which comes after, inside."""
+    grad = parameter.grad
+    assert grad is not None
+    grad = grad.coalesce() if grad.is_sparse else grad
+    values = grad.values() if grad.is_sparse else grad
+    change_sq = (values.abs().square().sum() / parameter.numel()).reshape(1)
+    expected = torch.lerp(state.get("change_sq", change_sq), change_sq, 1 - group["decay"])
+    state["change_sq"] = expected
+    own_sq = parameter.detach().abs().square().mean().reshape(1) + BARE_FLOOR
+    relative = relative_change(change_sq, expected, own_sq)
+    factor = _bounded(group, unit_scale(relative, FLAT_SHARE * relative)) * (1 - group["momentum"])
+    scaled: Tensor = values * factor
+    if grad.is_sparse:
+        scaled = torch.sparse_coo_tensor(grad.indices(), scaled, grad.shape, check_invariants=False, is_coalesced=True)
+    return scaled
+
+
+def _bounded(group: Mapping[str, Any], scale: Tensor) -> Tensor:
     """From c_j to the factor of a direction: min(1, kappa c_j) with kappa = rho / lr_0, or c_j where lr is rho."""
-    radius, reference_lr = 1.0 / max(group["chain_length"], _SHORT_CHAIN), group["reference_lr"]
-    if reference_lr is None:
+    radius = 1.0 / max(group["chain_length"] or 1, _SHORT_CHAIN)
+    if group["reference_lr"] is None:
         return scale.mul_(radius)
-    if not isinstance(reference_lr, Tensor) and reference_lr == 0.0:  # built with 0, and raised by hand since
-        group["reference_lr"] = reference_lr = float(group["lr"])
-        if reference_lr == 0.0:
-            return scale.fill_(1.0)
-    bounded: Tensor = (scale * (radius * group["trust_radius"] / reference_lr)).clamp_(max=1.0)
+    bounded: Tensor = (scale * (radius * group["trust_radius"] / group["reference_lr"])).clamp_(max=1.0)
     return bounded

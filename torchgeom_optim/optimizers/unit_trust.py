@@ -16,11 +16,11 @@ from torchgeom_optim.geometry.unit_trust import FLAT_SHARE, relative_change, spr
 from torchgeom_optim.optimizers.distributed import is_sharded, local_part, part_like, whole, with_local
 from torchgeom_optim.optimizers.layers import AffineLayer
 
-__all__ = ["TrustedBlock", "bare_block", "find_norms", "layer_block", "norm_block", "scale_blocks"]
+__all__ = ["BARE_FLOOR", "TrustedBlock", "bare_block", "find_norms", "layer_block", "norm_block", "scale_blocks"]
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
 # What the factor of a norm and a bare parameter are taken to be if they start at zero: a tenth, and a hundredth.
-_NORM_FLOOR, _BARE_FLOOR = 1e-2, 1e-4
+_NORM_FLOOR, BARE_FLOOR = 1e-2, 1e-4
 # All units behind a norm feel each of its channels: moving by as much as units do, they stalled char_gpt at 2.6 nat
 # where a tenth reaches 2.3 in as many steps.
 _NORM_SHARE = 0.1
@@ -51,7 +51,7 @@ class TrustedBlock:
 def layer_block(
     layer: AffineLayer, directions: Mapping[int, Tensor], input_sq: Tensor, state: MutableMapping[str, Any]
 ) -> TrustedBlock | None:
-    """A layer's units; None for a layer that sits this step out and was never heard before.
+    """A layer's units; None if nothing is stepped, or if the layer sits this step out and was never heard before.
 
     Args:
         layer: with the calls of this step, or none: then what is known of the last one.
@@ -126,7 +126,7 @@ def bare_block(parameter: Tensor, directions: Mapping[int, Tensor]) -> TrustedBl
     """
     change, own = (at_least_float32(whole(p.detach())) for p in (directions[id(parameter)], parameter))
     change_sq, own_sq = change.square().mean().reshape(1), own.square().mean().reshape(1)
-    return TrustedBlock(parameter, [(parameter, None)], change_sq, own_sq.add_(_BARE_FLOOR), own_sq.new_zeros(()))
+    return TrustedBlock(parameter, [(parameter, None)], change_sq, own_sq.add_(BARE_FLOOR), own_sq.new_zeros(()))
 
 
 def scale_blocks(
@@ -173,7 +173,9 @@ def scale_blocks(
 
 def _past(state: Mapping[str, Any], change_sq: Tensor) -> Tensor:
     past: Tensor | None = state.get("change_sq")
-    return change_sq if past is None else past.to(change_sq.dtype)
+    if past is None or past.shape != change_sq.shape:  # of another rule, or of a layer that was not heard then
+        return change_sq
+    return past.to(change_sq.dtype)
 
 
 def _scaled(direction: Tensor, factor: Tensor, axis: int | None) -> Tensor:

@@ -16,6 +16,7 @@ from torchgeom_optim.geometry.moments import Moments, pooled_moments, running_mo
 from torchgeom_optim.geometry.reparametrization import guarded_second_moment, precision
 from torchgeom_optim.geometry.segments import Segments
 from torchgeom_optim.optimizers.batch_norm import FoldedBatchNorm, fold_batch_norm
+from torchgeom_optim.optimizers.chain_length import ChainLength
 from torchgeom_optim.optimizers.hyperparameters import check_choice, check_range, check_sgd_settings
 from torchgeom_optim.optimizers.layers import AffineLayer, SeenCall
 from torchgeom_optim.optimizers.layerwise import LayerwiseOptimizer
@@ -89,7 +90,7 @@ class WhiteningSGD(LayerwiseOptimizer):
 
     Memory: two vectors of the length of a layer's input per layer (``"whitening_second_order"``: and one of its
     output, ``"trust_region"``: two), in float32 or better, in ``state`` beside the weight; until the step, copies of 16
-    of a layer's inputs, or of 4 images.
+    of a layer's inputs, or of 2 images.
 
     A call of a layer counts if a backward pass reaches its output, whatever ``training`` says. With a
     ``GradScaler`` a skipped step leaves the statistics as they were; ``"whitening_second_order"`` has to be told its
@@ -113,7 +114,8 @@ class WhiteningSGD(LayerwiseOptimizer):
         model: the module that the parameters belong to; without it, everything takes a plain SGD step.
         rule: see above.
         trust_radius: rho, in [0, inf), for the rule of that name: by how much the network as a whole may move in one
-            step, in units of its own spread.
+            step, in units of its own spread. Where no lr is given, lr begins with it and counts from then on.
+        chain_length: L; None to find it in the first step. Give it where reentrant checkpointing hides layers.
         decay: weight of the past in the running statistics, in [0, 1); the paper's lambda of §2.3.
         damping: floor of the variances (and of E[g^2]) as a share of their mean over the layer, in [0, inf).
         loss_reduction: "mean" or "sum": how the loss treats samples; used by ``"whitening_second_order"`` alone.
@@ -140,7 +142,8 @@ class WhiteningSGD(LayerwiseOptimizer):
     """
 
     _input_statistics = ("input_mean", "input_variance")
-    _statistics = (*_input_statistics, "output_grad_sq", "sharing", "change_sq", "spread_sq")
+    _output_statistics = ("output_grad_sq", "spread_sq")
+    _statistics = (*_input_statistics, *_output_statistics, "sharing", "change_sq")
 
     def __init__(
         self,
@@ -196,7 +199,7 @@ class WhiteningSGD(LayerwiseOptimizer):
         check_range(group, "decay", where, high=1.0, hint="0.95 averages over about 20 steps.")
         check_range(group, "damping", where, hint="0.01 is the default.")
         check_range(group, "trust_radius", where, hint="1 is the default; 0.3 is careful.")
-        if (length := group["chain_length"]) is not None and not (isinstance(length, int) and length >= 1):
+        if (length := group["chain_length"]) is not None and (type(length) is not int or length < 1):
             raise ValueError(f"chain_length={length!r} ({where}): need a whole number from 1, or None to find it.")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -215,13 +218,15 @@ class WhiteningSGD(LayerwiseOptimizer):
             by_radius = lr is None and group["rule"] == "trust_region" and self._model is not None
             if lr is None:
                 lr = group["trust_radius"] if by_radius else _LR
+            by_radius = by_radius or float(lr) == 0.0  # which is no scale to go by
             reference = None if by_radius else lr.clone() if isinstance(lr, Tensor) else lr
             param_group = {"reference_lr": reference, **param_group, "lr": lr}
         super().add_param_group(param_group)
 
     def _watch_layers(self) -> None:
         super()._watch_layers()
-        self._bound = TrustRegionRule(self._model)
+        self._chain: ChainLength = getattr(self, "_chain", None) or ChainLength()  # outlives a new look at the model
+        self._bound = TrustRegionRule(self._model, self._chain)
 
     def _wants(self, rule: str) -> tuple[bool, bool]:
         return rule in _WHITENED, rule == "whitening_second_order"
@@ -338,13 +343,13 @@ class WhiteningSGD(LayerwiseOptimizer):
             return
         # Momentum is in the scaled directions already.
         scaled = [p for p in group["params"] if can_be_scaled(p)]
-        others = [p for p in group["params"] if not can_be_scaled(p)]
+        others = [p for p in group["params"] if p.grad is not None and not can_be_scaled(p)]
         super()._descend({**group, "params": scaled, "momentum": 0.0, "nesterov": False, "dampening": 0.0}, directions)
         if others:
             super()._descend({**group, "params": others}, directions)
 
     def _rule_without_layer(self, parameter: Tensor, group: Mapping[str, Any], reason: str) -> tuple[str, str]:
-        if group["rule"] != "trust_region" or parameter.is_complex():
+        if group["rule"] != "trust_region":
             return "sgd", reason
         if any(parameter is p for pair in self._bound.norms.items() for p in pair):
             return "trust_region", "normalisation: moves by a share of its own size"
@@ -383,7 +388,8 @@ class WhiteningSGD(LayerwiseOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything that a copy or a pickle needs."""
-        return {**super().__getstate__(), "_loss_reduction": self._loss_reduction, "_loss_scale": self._loss_scale}
+        own = {name: getattr(self, name) for name in ("_loss_reduction", "_loss_scale", "_chain")}
+        return {**super().__getstate__(), **own}
 
     def fold_batch_norm(self, lr: float | Tensor | None = None, rule: Rule = "trust_region") -> list[FoldedBatchNorm]:
         """Switch from batch normalization and SGD to whitening (App. E): fold, then whiten from here on.
@@ -421,6 +427,8 @@ class WhiteningSGD(LayerwiseOptimizer):
                 if key in group:
                     group[key] = [group[key][k] for k in keep]
             group.update(new)
+            if isinstance(lr, Tensor):
+                group.update(lr=lr.clone(), reference_lr=lr.clone())
         for f in folded:
             of_weight = self._group_of_parameter.get(f.layer._parameters["weight"])
             if f.created_bias and of_weight is not None:
