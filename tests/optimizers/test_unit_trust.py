@@ -345,9 +345,6 @@ def test_the_chain_is_not_taken_from_steps_and_copies_that_saw_none():
 
 def test_a_rule_that_is_set_between_the_passes_and_the_step_takes_effect_with_the_next_pass():
     model, x = hidden_network(), torch.randn(8, 6, dtype=torch.float64)
-    optimizer = WhiteningSGD(model, lr=0.01, rule="sgd")
-    model(x).square().mean().backward()
-    optimizer.param_groups[0]["rule"] = "fan_in"
     other = WhiteningSGD(model)
     plain_step(model, other, x)
     other.param_groups[0]["rule"] = "sgd"

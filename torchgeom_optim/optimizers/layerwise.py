@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from itertools import chain
 from typing import TYPE_CHECKING, Any, overload
@@ -39,7 +39,7 @@ class LayerwiseOptimizer(Optimizer):
 
     Several processes: before a step, what all of them have seen of a layer takes the place of the layer's own calls
     (:meth:`_calls_of_all_ranks`), so that a subclass that goes by these has statistics of the whole batch, equal in
-    all processes. Whatever else it measures on its part of the batch goes through :meth:`_mean_over_ranks`.
+    all processes. Whatever else it measures on its part of the batch goes through :meth:`Ranks.means`.
 
     Args:
         params: a model, or parameters or groups of them.
@@ -279,18 +279,6 @@ class LayerwiseOptimizer(Optimizer):
         return loss
 
     # -- several processes ---------------------------------------------------------------------------------------
-
-    def _mean_over_ranks(self, tensors: Sequence[Tensor], counts: Sequence[float]) -> list[Tensor]:
-        """Means over all processes of what each has measured on its part of the batch, in one collective.
-
-        Args:
-            tensors: of this process; on all the same number, shapes and dtypes.
-            counts: observations that each is a mean over, 0 where there are none.
-
-        Returns:
-            Tensors equal on all processes; with one process those given.
-        """
-        return self._ranks.means(tensors, counts)
 
     @contextmanager
     def _calls_of_all_ranks(self, active: list[AffineLayer]) -> Iterator[None]:

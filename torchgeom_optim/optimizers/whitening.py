@@ -90,7 +90,7 @@ class WhiteningSGD(LayerwiseOptimizer):
 
     Memory: two vectors of the length of a layer's input per layer (``"whitening_second_order"``: and one of its
     output, ``"trust_region"``: two), in float32 or better, in ``state`` beside the weight; until the step, copies of 16
-    of a layer's inputs, or of 2 images.
+    of a layer's inputs, or of 2 images, and until the backward pass one of its outputs (of an image's, some positions).
 
     A call of a layer counts if a backward pass reaches its output, whatever ``training`` says. With a
     ``GradScaler`` a skipped step leaves the statistics as they were; ``"whitening_second_order"`` has to be told its
