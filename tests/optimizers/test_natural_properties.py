@@ -59,12 +59,16 @@ def dense_metric(metric: str, module: nn.Linear, x: Tensor, g: Tensor, damping: 
         return torch.kron(damped[1], damped[0])
     blocks = []
     for j in range(m):
-        if metric == "whitening":
+        if metric.endswith("whitening"):
             mu, v = x.mean(0), x.var(0, unbiased=False)
             centre = torch.eye(q, dtype=F64)
             centre[-1, :-1] = mu
             spread = torch.cat([v + floor(v, damping), torch.ones(1, dtype=F64)])
-            blocks.append(centre.T @ torch.diag(spread) @ centre)
+            block = centre.T @ torch.diag(spread) @ centre
+            if metric == "scale_free_whitening":  # in units of the outputs' variance
+                y_sq = module(x).detach().var(0, unbiased=False)
+                block = block / (y_sq[j] + damping * (y_sq.mean() + 0.01 * v.mean()))
+            blocks.append(block)
             continue
         second = torch.outer(mean[j], mean[j]) if metric == "quasi_diagonal" else rows[:, j].T @ rows[:, j] / len(rows)
         row, corner, diagonal = second[:-1, -1], second[-1, -1] * (1 + damping), second.diagonal()[:-1]
@@ -78,7 +82,7 @@ LENGTHS = [
     (metric, block)
     for metric, finest in [
         ("identity", 0), ("diagonal", 0), ("fisher_diagonal", 0), ("quasi_diagonal", 1), ("fisher_quasi_diagonal", 1),
-        ("whitening", 1), ("kronecker_diagonal", 1), ("kronecker", 2), ("exact", 2),
+        ("whitening", 1), ("scale_free_whitening", 1), ("kronecker_diagonal", 1), ("kronecker", 2), ("exact", 2),
     ]
     for block in ("weight", "unit", "layer", "network")[finest:]
 ]  # fmt: skip
@@ -133,6 +137,7 @@ def outputs_after(model: nn.Sequential, batches: list[Tensor], **settings) -> Te
 
 INVARIANT_TO_UNITS = [
     ("kronecker", "layer"), ("kronecker", "network"), ("kronecker_diagonal", "unit"), ("exact", "layer"),
+    ("scale_free_whitening", "unit"),
     ("diagonal", "weight"), ("diagonal", "unit"), ("fisher_diagonal", "layer"), ("fisher_quasi_diagonal", "unit"),
 ]  # fmt: skip
 FACTORS = st.lists(st.floats(-1, 1), min_size=3, max_size=3).map(lambda logs: 10 ** torch.tensor(logs, dtype=F64))

@@ -23,20 +23,21 @@ __all__ = ["FLAT_SHARE", "relative_change", "spread_floor", "unit_scale"]
 # A unit with less than a tenth of its layer's spread (standard deviation), or change, is treated as one with a tenth.
 FLAT_SHARE = 0.01
 # And a layer without any, of weights that start at zero, as one that has a hundredth of its inputs' size.
-_STILL_SHARE = 1e-4
+_STILL_SHARE = 0.01
 
 
-def spread_floor(mean_spread_sq: Tensor, input_sq: Tensor) -> Tensor:
+def spread_floor(mean_spread_sq: Tensor, input_sq: Tensor, share: float = FLAT_SHARE) -> Tensor:
     """What is added to sigma_j^2, so that a unit that computes a constant can move.
 
     Args:
         mean_spread_sq: mean_j sigma_j^2 over a layer.
         input_sq: mean of its inputs' variances, or of E[x_i^2] where they are not centred.
+        share: of both, in [0, inf).
 
     Returns:
-        0.01 mean_j sigma_j^2 + 1e-4 input_sq. Elementwise: numbers of several layers may be joined.
+        share (mean_j sigma_j^2 + 0.01 input_sq). Elementwise: numbers of several layers may be joined.
     """
-    return (mean_spread_sq * FLAT_SHARE).add_(input_sq, alpha=_STILL_SHARE)
+    return (mean_spread_sq * share).add_(input_sq, alpha=share * _STILL_SHARE)
 
 
 def relative_change(change_sq: Tensor, expected_change_sq: Tensor, spread_sq: Tensor) -> Tensor:

@@ -35,10 +35,11 @@ from torchgeom_optim.geometry.metric import (
 from torchgeom_optim.geometry.moments import Moments, at_least_float32, running_moments
 from torchgeom_optim.geometry.reparametrization import guarded_second_moment, precision
 from torchgeom_optim.geometry.sample_moments import SampleMoments, mean_dual_norm_sq
+from torchgeom_optim.geometry.unit_trust import spread_floor
 from torchgeom_optim.optimizers.distributed import part_like, whole
 from torchgeom_optim.optimizers.layer_factors import CapturedProduct, Pooled, averaged
 from torchgeom_optim.optimizers.layers import AffineLayer
-from torchgeom_optim.optimizers.metric_grid import FROM_GRADIENTS, Metric, without_layer
+from torchgeom_optim.optimizers.metric_grid import FROM_GRADIENTS, OF_INPUTS, Metric, without_layer
 
 __all__ = ["Part", "Solved", "parts_with_gradients", "shapes_of_statistics", "solved"]
 
@@ -202,9 +203,9 @@ def solved(
     moments = _sample_moments(part, factors) if with_samples or metric.startswith("fisher") else None
     if metric == "identity":
         found: LayerMetric = IdentityMetric()
-    elif metric == "whitening":
+    elif metric in OF_INPUTS:
         assert part.layer is not None
-        found = _whitening(part, part.layer)
+        found = _whitening(part, part.layer, scale_free=metric == "scale_free_whitening")
     else:
         found = _diagonal(part, metric, moments)
     norms = None if moments is None or not with_samples else partial(mean_dual_norm_sq, found, moments)
@@ -251,7 +252,7 @@ def _or_one(damping: Tensor, factor: Tensor) -> Tensor:
     return torch.where((factor == 0).flatten(1).all(1), 1.0, damping)
 
 
-def _whitening(part: Part, layer: AffineLayer) -> WhiteningMetric:
+def _whitening(part: Part, layer: AffineLayer, *, scale_free: bool) -> WhiteningMetric:
     state, past = part.past[0], None
     if "input_mean" in state:
         past = Moments(0, state["input_mean"], state["input_variance"])
@@ -265,7 +266,14 @@ def _whitening(part: Part, layer: AffineLayer) -> WhiteningMetric:
     q = guarded_second_moment(*(m if is_centred else m.about_zero() for m in (running, batch)))
     scale = precision(q, q.mean() * part.group["damping"])
     part.new[0].update(input_mean=running.mean, input_variance=running.variance)
-    return WhiteningMetric(running.mean if is_centred else None, scale, 1.0, layer.groups)
+    of_outputs: Tensor | float = 1.0
+    if scale_free:
+        spread_sq = layer.output_spread_sq() if layer.calls else state.get("spread_sq")
+        if spread_sq is None:
+            raise _unknown_inputs()
+        part.new[0]["spread_sq"] = spread_sq
+        of_outputs = spread_sq + spread_floor(spread_sq.mean(), q.mean(), part.group["damping"])
+    return WhiteningMetric(running.mean if is_centred else None, scale, of_outputs, layer.groups)
 
 
 def _averages(part: Part, factors: Pooled, keys: tuple[str, ...]) -> list[Tensor]:

@@ -155,8 +155,11 @@ class FactorCall(LayerCall):
         passes: PassCounter,
         *,
         with_moments: bool = False,
+        with_outputs: bool = False,
     ) -> None:
-        super().__init__(layer, module, x, y, [], with_moments=with_moments, with_output_grads=False)
+        super().__init__(
+            layer, module, x, y, [], with_moments=with_moments, with_output_grads=False, with_outputs=with_outputs
+        )
         self._inputs: Tensor | None = x.detach()
         self._kind = kind
         self._passes = passes

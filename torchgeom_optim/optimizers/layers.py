@@ -90,6 +90,7 @@ class LayerCall:
         *,
         with_moments: bool,
         with_output_grads: bool,
+        with_outputs: bool = False,
         probing: int = 0,
     ) -> None:
         batched = layer.spatial_axes == 0 or x.dim() == layer.spatial_axes + 2
@@ -104,7 +105,7 @@ class LayerCall:
         layer.num_probed += 1
         self._probes: tuple[Probe, ...] = ()
         # A copy of some, as an activation may change the output in place.
-        self._outputs = sampled(y, layer.channel_axis).clone() if probing else None
+        self._outputs = sampled(y, layer.channel_axis).clone() if with_outputs else None
         self._output_moments: Moments | None = None
         self._counted = False
         self._open_calls = open_calls
@@ -262,12 +263,15 @@ class AffineLayer:
         parts = [(call.output_grad_sq, call.num_applications / total * factor) for call in self.calls]
         return torch.stack([part * weight for part, weight in parts if part is not None]).sum(0)
 
+    def output_moments(self) -> Moments | None:
+        """Moments of this step's outputs, all calls pooled; None if they were not asked for, or there are none."""
+        moments = [call.output_moments for call in self.calls if call.output_moments is not None]
+        return pooled_moments(moments) if moments else None
+
     def output_spread_sq(self) -> Tensor | None:
         """sigma_j^2, the variance of unit j's outputs over this step, [m]; of a single output its square."""
-        moments = [call.output_moments for call in self.calls if call.output_moments is not None]
-        if not moments:
+        if (pooled := self.output_moments()) is None:
             return None
-        pooled = pooled_moments(moments)
         return pooled.about_zero().variance if isinstance(pooled.count, int) and pooled.count == 1 else pooled.variance
 
     @property

@@ -89,8 +89,12 @@ class LayerwiseOptimizer(Optimizer):
     def _wants(self, rule: str) -> tuple[bool, bool]:
         """Whether the moments of a layer's inputs, and of its output gradients, are needed."""
 
+    def _wants_outputs(self, layer: AffineLayer) -> bool:
+        """Whether the moments of a layer's outputs are needed; where they are, so must those of its inputs be."""
+        return False
+
     def _probes(self, layer: AffineLayer) -> bool:
-        """Whether a few inputs of a layer, and the moments of its outputs, are needed."""
+        """Whether a few inputs of a layer are needed; likewise."""
         return False
 
     @abstractmethod
@@ -206,6 +210,7 @@ class LayerwiseOptimizer(Optimizer):
             self._open_calls,
             with_moments=moments,
             with_output_grads=output_grads,
+            with_outputs=self._wants_outputs(layer),
             probing=self._ranks.number if self._probes(layer) else 0,
         )
         # Under checkpointing autograd keeps no input, under autocast a copy: then nobody else keeps this one alive.
@@ -294,8 +299,11 @@ class LayerwiseOptimizer(Optimizer):
             for layer, (call, extras) in zip(layers, pooled, strict=True):
                 # Whether a layer that this process did not call was called at all: only then wait for the device.
                 if layer.calls or (layer in active and float(call.num_samples) > 0):
-                    layer.calls = [self._with_extras(layer, call, extras)]
+                    layer.calls = [self._with_extras(call, extras)]
             yield
+            for layer in layers:
+                if (moments := layer.output_moments()) is not None:
+                    self.state[layer.weight]["output_mean"] = moments.mean
         except BaseException:
             for layer, calls in own:
                 layer.calls = calls
@@ -307,15 +315,23 @@ class LayerwiseOptimizer(Optimizer):
 
     def _wanted(self, layer: AffineLayer) -> Wanted:
         moments, output_grads = self._wants(self._group_of[layer]["rule"])
-        past = self.state[layer.weight].get("input_mean") if layer.weight in self.state else None
-        return Wanted(layer, moments, output_grads, past, self._extra_means(layer))
+        known = self.state[layer.weight] if layer.weight in self.state else {}
+        return Wanted(
+            layer,
+            moments,
+            output_grads,
+            self._wants_outputs(layer),
+            known.get("input_mean"),
+            known.get("output_mean"),
+            self._extra_means(layer),
+        )
 
     def _extra_means(self, layer: AffineLayer) -> list[Quantity]:
         """Further means over the calls of a layer that go over the processes; of the same shapes in all of them."""
         return []
 
-    def _with_extras(self, layer: AffineLayer, call: SeenCall, means: list[Tensor]) -> SeenCall:
-        """The call of all processes with these means in it, and with what stays this process's own."""
+    def _with_extras(self, call: SeenCall, means: list[Tensor]) -> SeenCall:
+        """The call of all processes with these means in it."""
         return call
 
     def _check_calls(self, active: list[AffineLayer]) -> None:

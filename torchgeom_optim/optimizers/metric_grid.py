@@ -10,6 +10,7 @@ from torchgeom_optim.optimizers.layer_factors import FactorKind
 __all__ = [
     "FINEST_BLOCK",
     "FROM_GRADIENTS",
+    "OF_INPUTS",
     "OF_SAMPLES",
     "WITH_MATRICES",
     "Metric",
@@ -25,6 +26,7 @@ Metric = Literal[
     "quasi_diagonal",
     "fisher_quasi_diagonal",
     "whitening",
+    "scale_free_whitening",
     "kronecker",
     "kronecker_diagonal",
     "exact",
@@ -37,11 +39,13 @@ FINEST_BLOCK: dict[str, Block] = {
     "quasi_diagonal": "unit",
     "fisher_quasi_diagonal": "unit",
     "whitening": "unit",
+    "scale_free_whitening": "unit",
     "kronecker": "layer",
     "kronecker_diagonal": "unit",
     "exact": "layer",
 }
 FROM_GRADIENTS = ("identity", "diagonal", "quasi_diagonal")  # need nothing but p.grad
+OF_INPUTS = ("whitening", "scale_free_whitening")  # made of their mean and variance
 WITH_MATRICES = ("kronecker", "kronecker_diagonal", "exact")  # which are inverted now and then, and may refuse to be
 OF_SAMPLES = ("fisher_diagonal", "fisher_quasi_diagonal", *WITH_MATRICES)  # means over the samples' gradients
 
@@ -60,7 +64,7 @@ def kind_of_factors(metric: str, expectation: str) -> FactorKind | None:
         return cast(FactorKind, metric)
     if metric not in OF_SAMPLES and expectation != "per_sample":
         return None
-    return "moments_with_row" if metric.endswith("quasi_diagonal") or metric == "whitening" else "moments"
+    return "moments_with_row" if metric.endswith("quasi_diagonal") or metric in OF_INPUTS else "moments"
 
 
 def without_layer(metric: str) -> Metric:

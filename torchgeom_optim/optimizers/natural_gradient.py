@@ -28,6 +28,7 @@ from torchgeom_optim.optimizers.layerwise import LayerwiseOptimizer
 from torchgeom_optim.optimizers.metric_grid import (
     FINEST_BLOCK,
     FROM_GRADIENTS,
+    OF_INPUTS,
     WITH_MATRICES,
     Metric,
     check_combination,
@@ -71,6 +72,7 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
     ``"quasi_diagonal"``         as "diagonal", and products with the bias gradient    ``"unit"``
     ``"fisher_quasi_diagonal"``  as "fisher_diagonal", likewise                        ``"unit"``
     ``"whitening"``              mean and variance of the inputs, see WhiteningSGD     ``"unit"``
+    ``"scale_free_whitening"``   the same, outputs in units of their own spread         ``"unit"``
     ``"kronecker"``              A (x) B, second moments of inputs, output gradients   ``"layer"``
     ``"kronecker_diagonal"``     the same, of B its diagonal                           ``"unit"``
     ``"exact"``                  the layer's whole empirical Fisher matrix             ``"layer"``
@@ -173,8 +175,10 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
     """
 
     _input_statistics = ("input_mean", "input_variance")
+    _output_statistics = ("spread_sq", "output_mean")
     _statistics = (
         *_input_statistics,
+        *_output_statistics,
         "norm_sq",
         "grad_sq",
         "bias_row",
@@ -289,7 +293,10 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
             )
 
     def _wants(self, rule: str) -> tuple[bool, bool]:
-        return rule == "whitening", False
+        return rule in OF_INPUTS, False
+
+    def _wants_outputs(self, layer: AffineLayer) -> bool:
+        return self.metric == "scale_free_whitening"
 
     @property
     def _kind(self) -> FactorKind | None:
@@ -309,7 +316,16 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
         layer = self._layer_of[module]
         if (kind := self._kind) is None or not self._is_due(layer, self._factor_interval):
             return super()._on_call(module, x, y)
-        call = FactorCall(layer, module, x, y, kind, self._passes, with_moments=self.metric == "whitening")
+        call = FactorCall(
+            layer,
+            module,
+            x,
+            y,
+            kind,
+            self._passes,
+            with_moments=self.metric in OF_INPUTS,
+            with_outputs=self._wants_outputs(layer),
+        )
         if activations_are_not_kept():
             call.summarise()
         return call.on_output_grad
@@ -335,7 +351,7 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
             return []
         return factors_with_counts(layer, kind)
 
-    def _with_extras(self, layer: AffineLayer, call: SeenCall, means: list[Tensor]) -> SeenCall:
+    def _with_extras(self, call: SeenCall, means: list[Tensor]) -> SeenCall:
         return with_factors(call, self._kind, means) if means and self._kind is not None else call
 
     # -- the step ------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from torchgeom_optim.optimizers.layers import AffineLayer, SeenCall
 __all__ = ["Quantity", "Wanted", "calls_of_all_ranks"]
 
 Quantity = tuple[Tensor, float]  # a mean, and the number of observations that it is over
+_References = tuple[Tensor | None, Tensor | None]  # of inputs and outputs, where their moments are wanted
 
 
 class Wanted(NamedTuple):
@@ -34,15 +35,19 @@ class Wanted(NamedTuple):
         layer: with the calls of this process, or none.
         moments: whether its inputs' moments are wanted; likewise the next. The same in all processes.
         output_grads: whether E[g^2] is, as autograd scaled g.
+        output_moments: whether its outputs' moments are.
         past_mean: a vector near the inputs' mean, equal in all processes, if one is known: it keeps the digits of
             the variance, which otherwise take a second collective.
+        past_output_mean: the same of the outputs.
         extras: other means, of the same shapes in all processes.
     """
 
     layer: AffineLayer
     moments: bool
     output_grads: bool
+    output_moments: bool
     past_mean: Tensor | None
+    past_output_mean: Tensor | None
     extras: list[Quantity]
 
     @property
@@ -65,7 +70,9 @@ def calls_of_all_ranks(ranks: Ranks, wanted: Sequence[Wanted]) -> list[tuple[See
     Raises:
         RuntimeError: another process has failed, or trains another model.
     """
-    layout = [(*row.layer.weight.shape, row.moments, row.output_grads, len(row.extras)) for row in wanted]
+    layout = [
+        (*row.layer.weight.shape, row.moments, row.output_grads, row.output_moments, len(row.extras)) for row in wanted
+    ]
     ranks.require_agreement(layout, wanted[0].layer.weight.device)
     references = _references(ranks, wanted)
     rows = [_means_of_calls(row, reference) for row, reference in zip(wanted, references, strict=True)]
@@ -75,36 +82,52 @@ def calls_of_all_ranks(ranks: Ranks, wanted: Sequence[Wanted]) -> list[tuple[See
     return calls
 
 
-def _references(ranks: Ranks, wanted: Sequence[Wanted]) -> list[Tensor | None]:
+def _references(ranks: Ranks, wanted: Sequence[Wanted]) -> list[_References]:
     """What the moments are taken about: the past mean, or the batch's own the first time."""
-    references = [row.past_mean if row.past_mean is None else row.past_mean.to(row.dtype) for row in wanted]
-    new = [k for k, row in enumerate(wanted) if row.moments and references[k] is None]
-    means = [_moments(wanted[k]) for k in new]
-    for k, mean in zip(new, ranks.means([m.mean for m in means], [m.count for m in means]), strict=True):
-        references[k] = mean
-    return [reference if row.moments else None for row, reference in zip(wanted, references, strict=True)]
+    found = [[row.past_mean, row.past_output_mean] for row in wanted]
+    new: list[tuple[int, int, Moments]] = []
+    for k, row in enumerate(wanted):
+        for which, own in enumerate(_own_moments(row)):
+            past = found[k][which]
+            found[k][which] = past if past is None or own is None else past.to(row.dtype)
+            if own is None:
+                found[k][which] = None
+            elif past is None:
+                new.append((k, which, own))
+    means = ranks.means([own.mean for _, _, own in new], [own.count for _, _, own in new])
+    for (k, which, _), mean in zip(new, means, strict=True):
+        found[k][which] = mean
+    return [(of_inputs, of_outputs) for of_inputs, of_outputs in found]
 
 
-def _moments(row: Wanted) -> Moments:
+def _own_moments(row: Wanted) -> tuple[Moments | None, Moments | None]:
+    """Of inputs and outputs in this process; None where they are not wanted."""
     layer = row.layer
-    if layer.calls:
-        count, mean, variance = layer.batch_moments()
-        return Moments(count, mean.to(row.dtype), variance.to(row.dtype))
-    zeros = torch.zeros(layer.num_inputs, dtype=row.dtype, device=layer.weight.device)
-    return Moments(0, zeros, zeros)
+    of_inputs = _filled(layer.batch_moments() if layer.calls else None, layer.num_inputs, row) if row.moments else None
+    of_outputs = _filled(layer.output_moments(), layer.num_units, row) if row.output_moments else None
+    return of_inputs, of_outputs
 
 
-def _means_of_calls(row: Wanted, reference: Tensor | None) -> list[Quantity]:
+def _filled(moments: Moments | None, size: int, row: Wanted) -> Moments:
+    """The moments, or what stands for them where this process has seen nothing."""
+    if moments is None:
+        zeros = torch.zeros(size, dtype=row.dtype, device=row.layer.weight.device)
+        return Moments(0, zeros, zeros)
+    return Moments(moments.count, moments.mean.to(row.dtype), moments.variance.to(row.dtype))
+
+
+def _means_of_calls(row: Wanted, references: _References) -> list[Quantity]:
     layer, calls = row.layer, row.layer.calls
     scalars = torch.tensor([float(layer.num_samples()), float(layer.sharing()) if calls else 0.0], dtype=row.dtype)
     scalars = scalars.to(layer.weight.device)
     means: list[Quantity] = [(scalars[0], 1.0)]
     if layer.spatial_axes:
         means.append((scalars[1], float(sum(call.num_samples for call in calls))))
-    if reference is not None:
-        count, mean, variance = _moments(row)
-        shift = mean - reference
-        means += [(shift, count), (torch.addcmul(variance, shift, shift), count)]
+    for own, reference in zip(_own_moments(row), references, strict=True):
+        if own is not None and reference is not None:
+            # About a point near the mean: E[y^2] - E[y]^2 loses the digits of the variance where the mean is large.
+            shift = own.mean - reference
+            means += [(shift, own.count), (torch.addcmul(own.variance, shift, shift), own.count)]
     if row.output_grads:
         if calls:
             applications = float(sum(call.num_applications for call in calls))
@@ -114,16 +137,20 @@ def _means_of_calls(row: Wanted, reference: Tensor | None) -> list[Quantity]:
     return means + row.extras
 
 
-def _call_from_means(row: Wanted, reference: Tensor | None, means: Iterator[Tensor]) -> tuple[SeenCall, list[Tensor]]:
+def _call_from_means(row: Wanted, references: _References, means: Iterator[Tensor]) -> tuple[SeenCall, list[Tensor]]:
     """The reverse; takes as many means as that has made."""
-    moments = output_grad_sq = None
+    output_grad_sq = None
     num_samples = next(means)
     num_applications = num_samples * next(means) if row.layer.spatial_axes else num_samples
-    if reference is not None:
-        shift, square = next(means), next(means)
-        variance = torch.addcmul(square, shift, shift, value=-1).clamp_(min=0)
-        moments = Moments(0, reference + shift, variance)  # their number is no longer needed
+    of_inputs, of_outputs = (None if reference is None else _about(reference, means) for reference in references)
     if row.output_grads:
         output_grad_sq = next(means)
-    call = SeenCall(moments, output_grad_sq, num_samples, num_applications, -1)
+    probes = tuple(chain.from_iterable(call.probes for call in row.layer.calls))  # stay this process's own
+    call = SeenCall(of_inputs, output_grad_sq, num_samples, num_applications, -1, of_outputs, probes)
     return call, [next(means) for _ in row.extras]
+
+
+def _about(reference: Tensor, means: Iterator[Tensor]) -> Moments:
+    shift, square = next(means), next(means)
+    variance = torch.addcmul(square, shift, shift, value=-1).clamp_(min=0)
+    return Moments(0, reference + shift, variance)  # their number is no longer needed

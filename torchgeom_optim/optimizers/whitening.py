@@ -6,21 +6,19 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
-from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from torchgeom_optim.geometry.moments import Moments, pooled_moments, running_moments
+from torchgeom_optim.geometry.moments import Moments, running_moments
 from torchgeom_optim.geometry.reparametrization import guarded_second_moment, precision
 from torchgeom_optim.geometry.segments import Segments
 from torchgeom_optim.optimizers.batch_norm import FoldedBatchNorm, fold_batch_norm
 from torchgeom_optim.optimizers.chain_length import ChainLength
 from torchgeom_optim.optimizers.hyperparameters import check_choice, check_range, check_sgd_settings
-from torchgeom_optim.optimizers.layers import AffineLayer, SeenCall
+from torchgeom_optim.optimizers.layers import AffineLayer
 from torchgeom_optim.optimizers.layerwise import LayerwiseOptimizer
-from torchgeom_optim.optimizers.pooled_calls import Quantity
 from torchgeom_optim.optimizers.trust_region_rule import TrustRegionRule, can_be_scaled
 
 if TYPE_CHECKING:
@@ -142,7 +140,7 @@ class WhiteningSGD(LayerwiseOptimizer):
     """
 
     _input_statistics = ("input_mean", "input_variance")
-    _output_statistics = ("output_grad_sq", "spread_sq")
+    _output_statistics = ("output_grad_sq", "spread_sq", "output_mean")
     _statistics = (*_input_statistics, *_output_statistics, "sharing", "change_sq")
 
     def __init__(
@@ -234,6 +232,9 @@ class WhiteningSGD(LayerwiseOptimizer):
     def _probes(self, layer: AffineLayer) -> bool:
         return bool(self._group_of[layer]["rule"] == "trust_region")
 
+    def _wants_outputs(self, layer: AffineLayer) -> bool:
+        return self._probes(layer)
+
     def _on_call(self, module: nn.Module, x: Tensor, y: Tensor) -> Callable[[Tensor], None] | None:
         on_output_grad = super()._on_call(module, x, y)
         in_backward = torch._C._current_graph_task_id() != -1  # of a checkpointed segment, run for the second time
@@ -245,24 +246,6 @@ class WhiteningSGD(LayerwiseOptimizer):
     def _bounded_groups(self) -> list[dict[str, Any]]:
         groups = self.param_groups if self._model is not None else ()
         return [group for group in groups if group["rule"] == "trust_region"]
-
-    def _extra_means(self, layer: AffineLayer) -> list[Quantity]:
-        if not self._probes(layer):
-            return []
-        moments = [call.output_moments for call in layer.calls if call.output_moments is not None]
-        if moments:
-            count, mean, variance = pooled_moments(moments)
-            return [(mean, count), (torch.addcmul(variance, mean, mean), count)]
-        dtype = torch.promote_types(layer.weight.dtype, torch.float32)
-        zeros = torch.zeros(layer.num_units, dtype=dtype, device=layer.weight.device)
-        return [(zeros, 0), (zeros, 0)]
-
-    def _with_extras(self, layer: AffineLayer, call: SeenCall, means: list[Tensor]) -> SeenCall:
-        if not means:
-            return call
-        mean, square = means
-        moments = Moments(0, mean, torch.addcmul(square, mean, mean, value=-1).clamp_(min=0))
-        return call._replace(output_moments=moments, probes=tuple(chain(*(own.probes for own in layer.calls))))
 
     def _directions(self, layers: list[AffineLayer]) -> dict[int, Tensor]:
         directions: dict[int, Tensor] = {}
