@@ -19,15 +19,18 @@ import gc
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import platform
+import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -35,6 +38,7 @@ import torch
 __all__ = [
     "benchmark_parser",
     "environment",
+    "extra_memory",
     "format_table",
     "quartiles",
     "start",
@@ -43,6 +47,7 @@ __all__ = [
     "write_result",
 ]
 
+Prepared = TypeVar("Prepared")
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 # Their values are paths of the machine at hand: a result names the option and not the value.
@@ -162,6 +167,32 @@ def time_interleaved(
             for name in names
         },
     }
+
+
+def extra_memory(prepare: Callable[[], Prepared], work: Callable[[Prepared], object], *, threads: int) -> float:
+    """By how much a piece of work raises the largest resident size of a fresh process.
+
+    Args:
+        prepare: what comes before, such as a model and two plain steps; like ``work`` a function of a module, or a
+            ``functools.partial`` of one, since it has to reach the other process.
+        work: what is measured; takes what ``prepare`` returned.
+        threads: that torch may use there.
+
+    Returns:
+        MiB beyond the largest size until then, 0 where the work fits into what had been used before; nan if the
+        process failed, having printed why.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send_extra_memory, args=(sender, prepare, work, threads))
+    process.start()
+    sender.close()
+    try:
+        return float(receiver.recv())
+    except EOFError:
+        return math.nan
+    finally:
+        process.join()
 
 
 def quartiles(values: Sequence[float] | np.ndarray) -> dict[str, float]:
@@ -291,6 +322,26 @@ def environment() -> dict[str, Any]:
         "dirty": None if changes is None else bool(changes),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def _send_extra_memory(
+    sender: Connection, prepare: Callable[[], Prepared], work: Callable[[Prepared], object], threads: int
+) -> None:
+    torch.set_num_threads(threads)
+    prepared = prepare()
+    before = _peak_mib()
+    work(prepared)
+    sender.send(round(_peak_mib() - before, 1))
+
+
+def _peak_mib() -> float:
+    """The process's largest resident size so far."""
+    status = Path("/proc/self/status")
+    if status.exists():  # not getrusage there: a new process starts with its parent's peak
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) / 2**10
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
 def _timed(call: Callable[..., object], arguments: Sequence[tuple[object, ...]]) -> tuple[float, float]:

@@ -14,14 +14,9 @@ largest resident size beyond theirs. A peer that is missing or refuses the netwo
 from __future__ import annotations
 
 import copy
-import math
-import multiprocessing
-import resource
-import sys
 import warnings
 from collections.abc import Callable
-from multiprocessing.connection import Connection
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +24,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
-from benchmarks.harness import benchmark_parser, start, time_interleaved, timing_rows, write_result
+from benchmarks.harness import benchmark_parser, extra_memory, start, time_interleaved, timing_rows, write_result
 from torchgeom_optim.geometry.gram import per_sample_gram
 from torchgeom_optim.geometry.gram_recorder import GramRecorder
 from torchgeom_optim.models.reference import reference_network
@@ -78,7 +73,13 @@ def main(argv: list[str] | None = None) -> None:
             warmup_rounds=1 if network == "resnet18" else 2,
         )
         measured = ["per_sample_gram"] if options.smoke else list(grams)
-        memory = {name: _extra_memory(network, name, batch_size, shape, options.threads) for name in measured}
+        warm = partial(_warm, network, batch_size, shape)
+        memory = {
+            name: extra_memory(
+                warm, partial(_twice, candidate=name, batch_size=batch_size, shape=shape), threads=options.threads
+            )
+            for name in measured
+        }
         numbers[f"{network}, batch {batch_size}"] = {
             "timing": timing, "extra MiB": memory, "relative error": errors, "refused": remarks
         }  # fmt: skip
@@ -223,43 +224,18 @@ CANDIDATES: dict[str, Callable[[nn.Module], GramOf]] = {
 }
 
 
-def _extra_memory(network: str, candidate: str, batch_size: int, shape: tuple[int, ...], threads: int) -> float:
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_measure_memory, args=(sender, network, candidate, batch_size, shape, threads))
-    process.start()
-    sender.close()
-    try:
-        return float(receiver.recv())
-    except EOFError:
-        return math.nan
-    finally:
-        process.join()
-
-
-def _measure_memory(
-    sender: Connection, network: str, candidate: str, batch_size: int, shape: tuple[int, ...], threads: int
-) -> None:
-    torch.set_num_threads(threads)
+def _warm(network: str, batch_size: int, shape: tuple[int, ...]) -> nn.Module:
     model = _model(network)
-    plain = _plain(model)
+    step = _plain(model)
     for number in range(2):
-        plain(_batch(number, batch_size, shape))
-    before = _peak_mib()
-    twin = CANDIDATES[candidate](model)
+        step(_batch(number, batch_size, shape))
+    return model
+
+
+def _twice(model: nn.Module, candidate: str, batch_size: int, shape: tuple[int, ...]) -> None:
+    gram = CANDIDATES[candidate](model)
     for number in range(2, 4):
-        twin(_batch(number, batch_size, shape))
-    sender.send(round(_peak_mib() - before, 1))
-
-
-def _peak_mib() -> float:
-    """The process's largest resident size so far."""
-    status = Path("/proc/self/status")
-    if status.exists():  # not getrusage there: a new process starts with its parent's peak
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) / 2**10
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+        gram(_batch(number, batch_size, shape))
 
 
 if __name__ == "__main__":

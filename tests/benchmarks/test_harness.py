@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import math
@@ -65,6 +66,16 @@ def test_garbage_collection_is_as_before():
     with pytest.raises(RuntimeError, match="a candidate"):
         harness.time_interleaved({"a": fails}, baseline="a", rounds=1)
     assert gc.isenabled()
+
+
+def test_extra_memory_is_that_of_the_work_alone():
+    prepare = functools.partial(torch.ones, 2**24)  # 64 MiB, which must not count
+    assert 120 < harness.extra_memory(prepare, functools.partial(torch.repeat_interleave, repeats=2), threads=1) < 170
+
+
+def test_work_that_fails_in_its_process_has_no_memory(capfd):
+    assert math.isnan(harness.extra_memory(int, len, threads=1))
+    assert "TypeError" in capfd.readouterr().err
 
 
 def test_bad_requests():
