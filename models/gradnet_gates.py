@@ -281,7 +281,7 @@ def applied(module: nn.Module, x: Tensor, weight: Tensor | None, bias: Tensor | 
         return F.linear(x, weight, bias)
     if isinstance(module, _ConvNd):
         assert weight is not None
-        result: Tensor = module._conv_forward(x, weight, bias)  # pads as the layer does
+        result: Tensor = module._conv_forward(x, _channels_last(weight), bias)  # pads as the layer does
         return result
     shape = (-1, *[1] * (x.dim() - 2))
     x = x if weight is None else x * weight.view(shape)
@@ -317,7 +317,14 @@ class _Pick(torch.autograd.Function):
         ctx.save_for_backward(at)
         ctx.size, ctx.shape = size, x.shape
         ctx.format = torch.channels_last if _is_channels_last(x) else torch.contiguous_format
-        return x.flatten(2).gather(2, at.flatten(2)).view(at.shape)
+        if ctx.format is torch.contiguous_format:
+            return x.flatten(2).gather(2, at.flatten(2)).view(at.shape)
+        # In the order of memory, where a selection is several times as fast as a gather.
+        (n, c), windows = x.shape[:2], at.permute(0, 2, 3, 1)
+        of_sample = torch.arange(0, x.numel(), x[0].numel(), device=x.device).view(n, 1, 1, 1)
+        places = windows * c + torch.arange(c, device=x.device) + of_sample
+        chosen = x.permute(0, 2, 3, 1).reshape(-1).index_select(0, places.reshape(-1))
+        return chosen.view(windows.shape).permute(0, 3, 1, 2)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
@@ -348,7 +355,7 @@ def _run(step: _Step, given: Any, kwargs: Any, made: Record | None, kept: Mappin
         made[step.node] = x > 0
         return F.leaky_relu(x, step.slope) if step.slope else torch.relu(x)
     gate = kept[step.node]
-    return torch.where(gate, x, step.slope * x) if step.slope else x * gate
+    return torch.where(gate, x, step.slope * x) if step.slope else x * gate.to(x.dtype)
 
 
 def _step_of(node: fx.Node, modules: Mapping[str, nn.Module]) -> _Step:
@@ -463,8 +470,12 @@ def _method(name: str) -> Callable[..., Any]:
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    """Images with their channels innermost: max pooling is some six times as fast on CPU that way."""
-    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+    """Images with their channels innermost: on CPU max pooling is some six times as fast that way.
+
+    ``to`` and not ``contiguous``, which leaves the strides of a single channel as they are, and with them the format of
+    a convolution's output.
+    """
+    return x.to(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
 def _is_channels_last(x: Tensor) -> bool:
