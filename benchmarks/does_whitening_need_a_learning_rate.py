@@ -7,11 +7,24 @@ with and without momentum, Adam and AdamW, each at the best of a half-decade gri
 (char_gpt: over 40 fixed batches of windows) after the last step. "worst" is the largest loss of a batch on the way
 there, as a multiple of the first one.
 
+Which form of Eq. (11) should be the default? It gives unit j the direction d_j of Eq. (3), scaled:
+
+    whitening       1 / sqrt(E[g_j.d_j])                    the equation on the metric of §2
+    scale-free      sigma_j^2 / sqrt(E[sigma_j^2 g_j.d_j])  the same, outputs in units of their spread sigma_j
+    WhiteningSGD    sigma_j / (L sqrt(max(r_j^2, E[r_j^2])))
+
+WhiteningSGD's default rule *is* a scale-free Eq. (11): r_j^2, how far d_j moves y_j, is g_j.d_j where inputs are
+uncorrelated, but measured; the present one beside its average is a cap; L layers in a row share the step; norms and
+bare parameters, which the first two step by a Euclidean length, move by a share of their own size. The first two are
+``BlockNaturalGradient(model, lr, metric, "unit")``, whose lr is the length of a unit's step, tuned as the others', and
+once more with one lr for all networks ("untuned", UNTUNED below).
+
 Part two multiplies the incoming weights of every hidden ReLU unit by 10^U(-1, 1) in the middle of training and divides
 its outgoing ones by the same: the function stays what it was. "dead": by how much the share of hidden units that no
 sample of a batch activates has grown at the end; mean losses of an epoch before and after stand beside it.
 
-Runs are kept in a file of their own as they come, so that an interrupted benchmark goes on where it was.
+Every run is written as it comes, with the commit that it was measured on. A second start does only what is missing:
+``--networks``, ``--methods`` and ``--seeds`` say what to run, rows of everything else are made of the runs that stand.
 """
 
 from __future__ import annotations
@@ -20,7 +33,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -34,11 +47,14 @@ from benchmarks.harness import RESULTS, benchmark_parser, start, write_result
 from examples.datasets import documentation_text, load_dataset, random_windows, stand_in
 from torchgeom_optim import WhiteningSGD
 from torchgeom_optim.models.reference import reference_network
+from torchgeom_optim.optimizers import BlockNaturalGradient
 
 NAME = "does_whitening_need_a_learning_rate"
 OURS = "WhiteningSGD(model)"
 CAPPED = "WhiteningSGD(model, lr)"
 RATES = (0.3, 3.0, 30.0, 300.0)
+PLAIN, SCALE_FREE = "Eq. (11), whitening", "Eq. (11), scale-free"
+UNTUNED = {PLAIN: 0.1, SCALE_FREE: 0.1}
 
 
 @dataclass(frozen=True)
@@ -49,20 +65,20 @@ class Job:
         data: name of the data set, or None for the text.
         images: training images used.
         steps: of batches of 64 images or 32 windows.
-        seeds: how many.
     """
 
     data: str | None
     images: int
     steps: int
-    seeds: int
 
+
+Run = dict[str, Any]
 
 JOBS = {
-    "lenet": Job("cifar10", 5000, 640, 5),
-    "mlp_deep": Job("mnist", 5000, 640, 5),
-    "char_gpt": Job(None, 0, 500, 3),
-    "resnet20": Job("cifar10", 1000, 80, 1),
+    "lenet": Job("cifar10", 5000, 640),
+    "mlp_deep": Job("mnist", 5000, 640),
+    "char_gpt": Job(None, 0, 500),
+    "resnet20": Job("cifar10", 1000, 80),
 }
 
 # name: (first grid as exponents of sqrt(10), optimizer)
@@ -72,103 +88,157 @@ BASELINES: dict[str, tuple[range, Callable[[nn.Module, float], torch.optim.Optim
     "Adam": (range(-6, -3), lambda model, lr: torch.optim.Adam(model.parameters(), lr)),
     "AdamW": (range(-6, -3), lambda model, lr: torch.optim.AdamW(model.parameters(), lr)),
     "the paper's whitening": (range(-2, 1), lambda model, lr: WhiteningSGD(model, lr, rule="paper")),
+    PLAIN: (range(-4, -1), lambda model, lr: BlockNaturalGradient(model, lr, "whitening", "unit")),
+    SCALE_FREE: (range(-3, 0), lambda model, lr: BlockNaturalGradient(model, lr, "scale_free_whitening", "unit")),
 }
-RESCALED = (OURS, "SGD, momentum 0.9", "Adam", "the paper's whitening")
+METHODS = (OURS, CAPPED, *BASELINES)
+RESCALED = (OURS, "SGD, momentum 0.9", "Adam", "the paper's whitening", PLAIN, SCALE_FREE)
+
+
+Get = Callable[[str, str, float | None, int, bool], Run | None]  # network, method, lr, seed, rescaled
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run what has not been run yet and write the result."""
     parser = benchmark_parser(__doc__)
-    parser.add_argument("--networks", default=",".join(JOBS), help="some of them (default: all)")
+    parser.add_argument("--networks", default=",".join(JOBS), help="some of them, with commas (default: all)")
+    parser.add_argument("--methods", default=";".join(METHODS), help="some of them, with semicolons (default: all)")
+    parser.add_argument("--seeds", type=int, default=5, help="of each method at its best (default: 5)")
+    parser.add_argument("--few", type=int, default=2, help="seeds of other learning rates, rescaled units (default: 2)")
     options = start(parser, argv)
-    names = options.networks.split(",")
-    jobs = {name: JOBS[name] for name in names}
+    networks, methods = _chosen(parser, options.networks, ",", JOBS), _chosen(parser, options.methods, ";", METHODS)
+    jobs = JOBS
     if options.smoke:
-        jobs = {name: Job(job.data, 128, 3, 1) for name, job in jobs.items() if name in ("lenet", "char_gpt")}
-    runs = Runs(None if options.smoke else Path(options.output or RESULTS) / f"{NAME}.runs.jsonl")
-    rows = [row for name, job in jobs.items() for row in _compare(runs, name, job, options)]
-    numbers = {
-        "data": "CIFAR-10 (JPEG), MNIST, documentation strings of Python's standard library",
-        "jobs": {name: vars(job) for name, job in jobs.items()},
-        "runs": [run for run in runs.done.values() if run["network"] in jobs],
-        "rows": rows,
-    }
-    write_result(NAME, numbers, options, seeds=list(range(1, 1 + max(job.seeds for job in jobs.values()))), rows=rows)
+        jobs = {name: Job(JOBS[name].data, 128, 3) for name in ("lenet", "char_gpt")}
+        networks, methods, options.seeds = list(jobs), [OURS, "Adam", SCALE_FREE], 1
+    result = Result(jobs, options)
+    for network in networks:
+        for method in methods:
+            for _ in _rows(result.run, network, method, range(1, 1 + options.seeds), options.few):
+                pass  # each is made once more from what stands
+    write_result(NAME, result.numbers(), options, seeds=result.seeds(), rows=result.rows())
 
 
-class Runs:
-    """Results by what was run, kept in a file."""
-
-    def __init__(self, path: Path | None) -> None:
-        self._path = path
-        self.done: dict[tuple[Any, ...], dict[str, Any]] = {}
-        if path is not None and path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                run = json.loads(line)
-                self.done[_key(run)] = run
-
-    def __call__(
-        self, options: Any, name: str, job: Job, method: str, lr: float | None, seed: int, rescale: bool
-    ) -> dict:
-        """The result of a run, from the file if it is there."""
-        what = {"network": name, "method": method, "lr": lr, "seed": seed, "rescaled": rescale, "steps": job.steps}
-        if _key(what) not in self.done:
-            run = self.done[_key(what)] = {**what, **_train(name, job, method, lr, seed, rescale, options)}
-            if self._path is not None:
-                with self._path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(run) + "\n")
-            print(
-                "{network:9s} {method:24s} lr {lr} seed {seed}: loss {loss:.4g} worst {worst:.3g}".format(**run),
-                flush=True,
-            )
-        return self.done[_key(what)]
+def _chosen(parser: Any, names: str, separator: str, known: Iterable[str]) -> list[str]:
+    chosen = [name.strip() for name in names.split(separator)]
+    if unknown := [name for name in chosen if name not in known]:
+        parser.error(f"{unknown[0]!r}: need some of {separator.join(known)}")
+    return chosen
 
 
-def _key(run: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(run[part] for part in ("network", "method", "lr", "seed", "rescaled", "steps"))
+class Result:
+    """All runs, those of an earlier result included, and what is written of them.
+
+    Args:
+        jobs: runs with other numbers of steps are forgotten.
+        options: of the command.
+    """
+
+    def __init__(self, jobs: dict[str, Job], options: Any) -> None:
+        self._jobs, self._options = jobs, options
+        self._runs: dict[tuple[Any, ...], Run] = {}
+        folder = Path(options.output or RESULTS)
+        path = (folder if (folder / f"{NAME}.json").exists() else RESULTS) / f"{NAME}.json"
+        earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() and not options.smoke else None
+        for run in earlier["numbers"]["runs"] if earlier else ():
+            if run["network"] in jobs and run["steps"] == jobs[run["network"]].steps:
+                run = {key: float(value) if value in ("inf", "nan") else value for key, value in run.items()}
+                self._runs[_key(run)] = run
+
+    def find(self, network: str, method: str, lr: float | None, seed: int, rescaled: bool) -> Run | None:
+        """A run that stands."""
+        return self._runs.get((network, method, lr, seed, rescaled))
+
+    def run(self, network: str, method: str, lr: float | None, seed: int, rescaled: bool) -> Run:
+        """The same, or a new one, which is written down."""
+        if (known := self.find(network, method, lr, seed, rescaled)) is not None:
+            return known
+        job, environment = self._jobs[network], self._options.environment
+        what: Run = {"network": network, "method": method, "lr": lr, "seed": seed, "rescaled": rescaled}
+        run = {**what, "steps": job.steps, **_train(network, job, method, lr, seed, rescaled, self._options)}
+        run["commit"] = str(environment["commit"]) + (", changed" if environment["dirty"] else "")
+        self._runs[_key(run)] = run
+        print("{network:9s} {method:24s} lr {lr} seed {seed}: loss {loss:.4g} worst {worst:.3g}".format(**run))
+        write_result(NAME, self.numbers(), self._options, seeds=self.seeds())
+        return run
+
+    def seeds(self) -> list[int]:
+        """Of all runs."""
+        return sorted({run["seed"] for run in self._runs.values()})
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Of what stands."""
+        seeds = self.seeds()
+        found = [_rows(self.find, network, method, seeds, len(seeds)) for network in self._jobs for method in METHODS]
+        return [row for rows in found for row in rows]
+
+    def numbers(self) -> dict[str, Any]:
+        """What is written."""
+        return {
+            "data": "CIFAR-10 (JPEG), MNIST, documentation strings of Python's standard library",
+            "jobs": {name: vars(job) for name, job in self._jobs.items()},
+            "runs": list(self._runs.values()),
+            "rows": self.rows(),
+        }
 
 
-def _compare(runs: Runs, name: str, job: Job, options: Any) -> Iterator[dict[str, Any]]:
-    seeds = range(1, 1 + job.seeds)
-    best: dict[str, float | None] = {OURS: None}
-    for method, (first, _) in BASELINES.items():
-        grid = list(first)
-        loss = {k: runs(options, name, job, method, _rate(k), 1, False)["loss"] for k in grid}
-        while (k := min(loss, key=lambda k: loss[k])) in (min(loss), max(loss)) and not options.smoke:
-            new = k - 1 if k == min(loss) else k + 1
-            loss[new] = runs(options, name, job, method, _rate(new), 1, False)["loss"]
-        best[method] = _rate(k)
-    for method, lr in best.items():
-        yield _row(name, method, lr, [runs(options, name, job, method, lr, seed, False) for seed in seeds])
-    for lr in RATES:
-        yield _row(
-            name,
-            CAPPED,
-            lr,
-            [runs(options, name, job, CAPPED, lr, seed, False) for seed in list(seeds)[: max(job.seeds // 2, 1)]],
-        )
-    few = list(seeds)[: max(job.seeds // 2, 1)]
-    for method in RESCALED:
-        yield _row(name, method, best[method], [runs(options, name, job, method, best[method], s, True) for s in few])
+def _key(run: Run) -> tuple[Any, ...]:
+    return tuple(run[part] for part in ("network", "method", "lr", "seed", "rescaled"))
+
+
+def _rows(get: Get, network: str, method: str, seeds: Sequence[int], few: int) -> Iterator[dict[str, Any]]:
+    """The rows of a method, of the runs that ``get`` has; ``few`` is for how many seeds of the less important ones."""
+    if method in BASELINES:
+        if (best := _best(get, network, method)) is None:
+            return
+        rates: list[tuple[float | None, str]] = [(best, "")]
+        rates += [(UNTUNED[method], ", untuned")] if method in UNTUNED else []
+    else:
+        rates = [(None, "")] if method == OURS else [(lr, "") for lr in RATES]
+    wanted = [(lr, note, False, few if method == CAPPED else len(seeds)) for lr, note in rates]
+    wanted += [(rates[0][0], ", units rescaled half way", True, few)] if method in RESCALED else []
+    for lr, note, rescaled, number in wanted:
+        found = [get(network, method, lr, seed, rescaled) for seed in list(seeds)[:number]]
+        if runs := [run for run in found if run is not None]:
+            yield _row(network, method + note, runs)
+
+
+def _best(get: Get, network: str, method: str) -> float | None:
+    """The best learning rate of the grid, which grows while the best lies at its edge; None if ``get`` has it not."""
+    losses: dict[int, float] = {}
+    grid = list(BASELINES[method][0])
+    while grid:
+        for k in grid:
+            run = get(network, method, _rate(k), 1, False)
+            if run is None:
+                return None  # the search is not over
+            losses[k] = run["loss"]
+        k = min(losses, key=lambda k: losses[k])
+        grid = [k - 1] if k == min(losses) else [k + 1] if k == max(losses) else []
+    return _rate(k)
 
 
 def _rate(exponent: int) -> float:
     return float(f"{10 ** (exponent / 2):.4g}")
 
 
-def _row(name: str, method: str, lr: float | None, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    rescaled = runs[0]["rescaled"]
-    return {
-        "network": name,
-        "method": method + (", units rescaled half way" if rescaled else ""),
+def _row(network: str, method: str, runs: list[Run]) -> dict[str, Any]:
+    lr, rescaled = runs[0]["lr"], runs[0]["rescaled"]
+    row = {
+        "network": network,
+        "method": method,
         "lr": "none" if lr is None else lr,
         "loss": statistics.median(run["loss"] for run in runs),
         "losses": [run["loss"] for run in runs],
         "worst": max(run["worst"] for run in runs),
         "test accuracy": statistics.median(run["accuracy"] for run in runs),
         "seconds": statistics.median(run["seconds"] for run in runs),
-        **({key: max(run[key] for run in runs) for key in ("dead", "epoch before", "epoch after")} if rescaled else {}),
     }
+    if all("cpu_seconds" in run for run in runs):
+        row["cpu seconds"] = statistics.median(run["cpu_seconds"] for run in runs)
+    if rescaled:
+        row |= {key: max(run[key] for run in runs) for key in ("dead", "epoch before", "epoch after")}
+    return row
 
 
 @cache
@@ -201,15 +271,13 @@ def _optimizer(method: str, model: nn.Module, lr: float | None) -> torch.optim.O
     return WhiteningSGD(model, lr) if method == CAPPED else BASELINES[method][1](model, lr)
 
 
-def _train(
-    name: str, job: Job, method: str, lr: float | None, seed: int, rescale: bool, options: Any
-) -> dict[str, Any]:
+def _train(name: str, job: Job, method: str, lr: float | None, seed: int, rescale: bool, options: Any) -> Run:
     torch.manual_seed(seed)
     model = reference_network(name)
     optimizer = _optimizer(method, model, lr)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 1e-3, total_iters=job.steps)
     losses: list[float] = []
-    begin = time.perf_counter()
+    begin, begin_cpu = time.perf_counter(), time.process_time()
     dead = 0.0
     for step, (x, y) in enumerate(_batches(job, seed, options)):
         if step == job.steps or (losses and not math.isfinite(losses[-1])):
@@ -222,12 +290,12 @@ def _train(
         loss.backward()
         try:
             optimizer.step()
-        except FloatingPointError:  # gradients that are not finite
+        except ArithmeticError:  # gradients that are not finite
             losses.append(math.inf)
             break
         scheduler.step()
         losses.append(loss.item())
-    seconds = time.perf_counter() - begin
+    seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - begin_cpu
     final, accuracy = _evaluate(model, job, options)
     diverged = not (math.isfinite(losses[-1]) and math.isfinite(final))
     if rescale:
@@ -239,6 +307,7 @@ def _train(
         "worst": math.inf if diverged else max(finite) / losses[0],
         "accuracy": accuracy,
         "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         "dead": dead,
         "epoch before": statistics.fmean(losses[half - epoch : half] or losses[-1:]),
         "epoch after": statistics.fmean(losses[half : half + epoch] or losses[-1:]),
