@@ -51,6 +51,7 @@ DEAD = 1e-12  # of the largest layer's relative gradient: zero, but for rounding
 EXPLODED = 100.0  # |g| / |w| of the whole network; networks that train have 0.01 to 10
 COLLAPSED_RANK = 1.5  # stable rank; 1 is a batch whose gradients all lie along one line
 AGREEING = 0.5  # coherence; gradients that lie along one line since they agree are no fault
+SOLVED = 0.01  # of the first loss: few samples have a loss left then, and theirs is the gradient
 SHATTERED_INPUT_RANK = 0.15  # thesis, section 4.2.1: most networks above it at initialisation did not converge
 SHATTERED_BATCH = 32  # the ranks of few samples are near 1 whatever the network; the thesis has 64
 CONFUSED = 0.5  # the thesis gives no number: two gradients at more than 120 degrees
@@ -265,7 +266,8 @@ def collapsed_rank(history: History) -> list[Verdict]:
     batch = float(history[-1].batch_size)
     rank = recent_median(history, _value("relative_gradient_rank"))
     coherence = recent_median(history, _value("gradient_coherence"))
-    if not rank * batch < COLLAPSED_RANK or batch < 4 or coherence > AGREEING:
+    solved = recent_median(history, lambda record: record.loss) < SOLVED * history[0].loss
+    if not rank * batch < COLLAPSED_RANK or batch < 4 or coherence > AGREEING or solved:
         return []
     return [
         Verdict(

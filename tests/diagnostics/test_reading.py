@@ -124,6 +124,12 @@ def test_the_twin_is_silent(expected):
     assert kinds(run(**healthy)) == []
 
 
+def test_gradients_of_the_last_few_samples_are_no_collapse():
+    almost, solved = ([2.3, 1.0, 0.5, *[2.3 * share] * 6] for share in (0.02, 0.005))
+    assert kinds(run(almost, relative_gradient_rank=1 / 60)) == [("collapsed gradient rank", None)]
+    assert kinds(run(solved, relative_gradient_rank=1 / 60)) == []
+
+
 def test_a_much_too_high_rate_is_said_before_the_loss_can_tell():
     assert kinds(run(FALLING[:1], rate=2.0)) == [("learning rate too high", None)]
     assert kinds(run(FALLING[:1], rate=1.0)) == []
