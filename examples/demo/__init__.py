@@ -1,0 +1,1 @@
+"""The parts of the demonstration: training, measuring, charts and the page."""
