@@ -2,144 +2,246 @@
 
 One base, cnn_small on MNIST, trained on the first half of the training set and stopped at .92 (digits of scikit-learn
 without --root). From the setting that the paper found best (SGD, no regularization, 85th percentile, 5 + 100 + 25
-units, scale norm then power norm 1/2) one thing at a time is changed; every GradNet sees the same images of the other
-half, a few thousand of them, two epochs, with the same seeds. Differences of a percent are within the spread between
-seeds. The result is written after every run, and a second start goes on where the first was stopped.
+units, scale norm then power norm 1/2) one thing at a time is changed; the normalisations also with 5 + 25 + 10 units
+(Fig. 8). Every network sees the same images of the other half in the same order with the same candidate labels; those
+with the same features are trained side by side, which saves most of the time. Rates fall linearly to 0. Accuracy is on
+evenly spaced test images, and shows what the settings do, nothing is chosen by it.
+
+"conclusions" in the result compares, figure by figure, the paper's choice with the best of the others, seed by seed:
+it holds if it is at least as good for every seed, fails if it is worse for every seed, else the seeds disagree. A
+difference below "noise", two standard errors of one accuracy, is called none. The result is written after every group,
+and a second start goes on where the first was stopped.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.harness import RESULTS, benchmark_parser, quartiles, start, write_result
 from examples.datasets import Dataset, load_dataset, stand_in
-from torchgeom_optim.models import GradNet, cnn_small
+from torchgeom_optim.models import CandidateNetwork, GradNet, cnn_small
 
 NAME = "which_gradnet_settings_matter"
 BATCH = 50
+BEST = "paper's best"
 
-# figure: setting as it is printed -> (method, settings, optimizer)
-PAPER: dict[str, dict[str, tuple[str, dict[str, Any], str]]] = {
-    "paper's best": {"as it is": ("paper", {}, "SGD")},
-    "Fig. 4, optimizer": {"Adam": ("paper", {}, "Adam")},
-    "Fig. 5, regularization": {
-        "dropout": ("paper", {"dropout": 0.5}, "SGD"),
-        "batch norm": ("paper", {"batch_norm": True}, "SGD"),
-        "both": ("paper", {"dropout": 0.5, "batch_norm": True}, "SGD"),
-    },
-    "Fig. 6, percentile": {
-        **{str(q): ("paper", {"percentile": float(q)}, "SGD") for q in (70, 80, 90, 95, 99)},
-        "10 % of each label": ("paper", {"label_share": 0.1}, "SGD"),
-    },
-    "Fig. 7, units": {
-        "+".join(map(str, units)): ("paper", {"hidden": units}, "SGD")
-        for units in ((5, 25, 10), (20, 100, 40), (10, 50, 20), (10, 200, 50), (20, 400, 100))
-    },
-    "Figs. 8-9, normalisation": {
-        "none": ("paper", {"normalization": "none"}, "SGD"),
-        "scale": ("paper", {"normalization": "scale"}, "SGD"),
-        **{f"power {p}": ("paper", {"normalization": "power", "power": p}, "SGD") for p in (0.125, 0.25, 0.5, 2.0)},
-        "standard": ("paper", {"normalization": "standard"}, "SGD"),
-        "standard, unit length": ("paper", {"normalization": "standard_unit"}, "SGD"),
-    },
-    "linearised, damping": {
-        **{str(d): ("linearised", {"damping": d}, "Adam") for d in (0.01, 0.1, 1.0, 3.0)},
-    },
-    "gated, block": {str(units): ("gated", {"block": units}, "Adam") for units in (0, 64, 256)},
+
+@dataclass(frozen=True)
+class Setting:
+    """One change of the paper's best setting."""
+
+    figure: str
+    name: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    optimizer: str = "SGD .02"
+
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "SGD .005": lambda parameters: torch.optim.SGD(parameters, 0.005, momentum=0.9),
+    "SGD .02": lambda parameters: torch.optim.SGD(parameters, 0.02, momentum=0.9),
+    "SGD .05": lambda parameters: torch.optim.SGD(parameters, 0.05, momentum=0.9),
+    "Adam .0003": lambda parameters: torch.optim.Adam(parameters, 3e-4),
+    "Adam .001": lambda parameters: torch.optim.Adam(parameters, 1e-3),
+    "Adam .003": lambda parameters: torch.optim.Adam(parameters, 3e-3),
 }
-RATES = {"SGD": (0.02,), "Adam": (1e-3,)}
+NORMALIZATIONS: dict[str, dict[str, Any]] = {
+    "none": {"normalization": "none"},
+    "scale": {"normalization": "scale"},
+    **{f"power {p}": {"normalization": "power", "power": p} for p in (0.125, 0.25, 0.5, 2.0)},
+    "standard": {"normalization": "standard"},
+    "standard, unit length": {"normalization": "standard_unit"},
+}
+SMALL = {"hidden": (5, 25, 10)}
+# Those in a row have the same features, and are trained side by side.
+GROUPS: tuple[tuple[Setting, ...], ...] = (
+    (
+        Setting(BEST, "as it is"),
+        *(Setting("Fig. 4, optimizer", name, optimizer=name) for name in OPTIMIZERS if name != "SGD .02"),
+        Setting("Fig. 5, regularization", "dropout", {"dropout": 0.5}),
+        Setting("Fig. 5, regularization", "batch norm", {"batch_norm": True}),
+        Setting("Fig. 5, regularization", "both", {"dropout": 0.5, "batch_norm": True}),
+        *(
+            Setting("Fig. 7, units", "+".join(map(str, units)), {"hidden": units})
+            for units in ((5, 25, 10), (20, 100, 40), (10, 50, 20), (10, 200, 50), (20, 400, 100))
+        ),
+        Setting("Fig. 8, normalisation, 5+25+10", "scale, power 0.5", SMALL),
+    ),
+    *(
+        (
+            Setting("Fig. 9, normalisation", name, changes),
+            Setting("Fig. 8, normalisation, 5+25+10", name, {**changes, **SMALL}),
+        )
+        for name, changes in NORMALIZATIONS.items()
+    ),
+    *((Setting("Fig. 6, percentile", str(q), {"percentile": float(q)}),) for q in (99, 95, 90, 80, 70)),
+    (Setting("Fig. 6, percentile", "10 % of each label", {"label_share": 0.1}),),
+)
+CLAIMS = {
+    "Fig. 4, optimizer": "SGD is better than Adam",
+    "Fig. 5, regularization": "no regularization is needed",
+    "Fig. 6, percentile": "the 85th percentile suffices",
+    "Fig. 7, units": "5+100+25 is best",
+    "Fig. 8, normalisation, 5+25+10": "scale norm, then power norm 1/2, is best",
+    "Fig. 9, normalisation": "scale norm, then power norm 1/2, is best",
+}
+OURS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
+    *(("linearised, damping", str(d), "linearised", {"damping": d}) for d in (0.01, 0.1, 1.0, 3.0)),
+    *(("gated, block", str(units), "gated", {"block": units}) for units in (0, 64, 256)),
+)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run what is missing and write the result after each run."""
+    """Run what is missing and write the result after each group."""
     parser = benchmark_parser(__doc__)
-    parser.add_argument("--images", type=int, default=4000, help="of the other half that are used (default: 4000)")
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--minutes", type=float, default=10.0, help="processor minutes after which no run is started")
+    parser.add_argument("--images", type=int, default=10000, help="of the other half that are used (default: 10000)")
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--test", type=int, default=1000, help="evenly spaced test images (default: 1000)")
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--minutes", type=float, default=12.0, help="processor minutes after which nothing is started")
     parser.add_argument("--again", action="store_true", help="forget what has been run before")
     options = start(parser, argv)
-    data = (
-        stand_in("mnist", 160, 40)
-        if options.smoke
-        else load_dataset("mnist" if options.root else "digits", options.root)
-    )
+    if options.smoke:
+        options.epochs, options.seeds, options.images = 1, 1, 100
+        data = stand_in("mnist", 160, 40)
+    else:
+        data = load_dataset("mnist" if options.root else "digits", options.root)
     runs: list[dict] = [] if options.smoke or options.again else _earlier(options)
-    half = len(data.train_inputs) // 2
-    images = min(options.images, half)
-    x, y = data.train_inputs[half : half + images], data.train_targets[half : half + images]
     for seed in range(options.seeds):
-        base = None
-        for figure, settings in PAPER.items():
-            for setting, (method, chosen, optimizer) in settings.items():
-                if options.smoke and setting not in ("as it is", "dropout", "scale"):
-                    continue
-                if any((run["figure"], run["setting"], run["seed"]) == (figure, setting, seed) for run in runs):
-                    continue
-                if time.process_time() > 60 * options.minutes:
-                    print(f"{options.minutes} minutes are over; start again to go on")
-                    return
-                base = base or _base(data, seed, options.smoke)
-                begin = time.process_time()
-                gradnet = GradNet(base, data.num_classes, method=method, seed=seed, **chosen)  # type: ignore[arg-type]
-                order = torch.randperm(images, generator=torch.Generator().manual_seed(seed))
-                batches = [(x[part], y[part]) for part in order.split(BATCH)]
-                gradnet.fit(
-                    batches,
-                    1 if options.smoke else 2,
-                    optimizer=_OPTIMIZERS[optimizer],
-                    progress=False,
-                    missing_classes=options.smoke,
-                )
-                accuracy = gradnet.accuracy(
-                    [*zip(data.test_inputs.split(500), data.test_targets.split(500), strict=True)]
-                )
-                runs.append(
-                    {
-                        "figure": figure,
-                        "setting": setting,
-                        "seed": seed,
-                        "accuracy": accuracy,
-                        "last_loss": gradnet.history[-1]["loss"],
-                        "seconds": time.process_time() - begin,
-                    }
-                )
-                print(f"{figure}: {setting}: {accuracy:.4f}", flush=True)
-                _write(runs, data, images, options)
-    _write(runs, data, images, options)
+        bench = None
+        for group in [*GROUPS[:2], *OURS[::4]] if options.smoke else [*GROUPS, *OURS]:
+            first = group[0]
+            figure, setting = (first.figure, first.name) if isinstance(first, Setting) else group[:2]
+            if any((run["figure"], run["setting"], run["seed"]) == (figure, setting, seed) for run in runs):
+                continue
+            if time.process_time() > 60 * options.minutes:
+                print(f"{options.minutes} minutes are over; start again to go on")
+                return
+            bench = bench or _Bench(data, seed, options)
+            new = bench.paper(group) if isinstance(first, Setting) else bench.ours(*group)  # type: ignore[arg-type]
+            runs += [{**run, "seed": seed, "commit": options.environment["commit"]} for run in new]
+            _write(runs, data, options)
+    _write(runs, data, options)
 
 
-_OPTIMIZERS = {
-    "SGD": lambda parameters: torch.optim.SGD(parameters, RATES["SGD"][0], momentum=0.9),
-    "Adam": lambda parameters: torch.optim.Adam(parameters, RATES["Adam"][0]),
-}
+class _Bench:
+    """A base, the images for what is built on it, and those for its score."""
+
+    def __init__(self, data: Dataset, seed: int, options: argparse.Namespace) -> None:
+        self.data, self.seed, self.epochs, self.smoke = data, seed, options.epochs, options.smoke
+        self.base = _base(data, seed, options.smoke)
+        half = len(data.train_inputs) // 2
+        images = min(options.images, half)
+        self.x, self.y = data.train_inputs[half : half + images], data.train_targets[half : half + images]
+        every = max(1, len(data.test_inputs) // options.test)
+        self.test = data.test_inputs[::every], data.test_targets[::every]
+
+    def paper(self, group: Sequence[Setting]) -> list[dict[str, Any]]:
+        """The paper's method in several settings that share their features."""
+        begin = time.process_time()
+        heads, optimizers = [], []
+        for setting in group:
+            head = CandidateNetwork(self.base, self.data.num_classes, generator=self._generator(), **setting.changes)
+            head.calibrate(self.x[:256], self._generator())
+            heads.append(head.train())
+            optimizers.append(OPTIMIZERS[setting.optimizer](head.parameters()))
+        schedules = [torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.0, self._num_steps()) for o in optimizers]
+        generator, dropout, last = self._generator(), self._generator(), [math.nan] * len(group)
+        for x, y in self._batches():
+            record = heads[0].training_record(x, generator)
+            for i, (head, optimizer, schedule) in enumerate(zip(heads, optimizers, schedules, strict=True)):
+                optimizer.zero_grad()
+                loss = F.cross_entropy(head.logits(head.with_dropout(record, dropout)), y)
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                last[i] = float(loss.detach())
+        right = [0] * len(group)
+        with torch.no_grad():
+            for x, y in zip(self.test[0].split(BATCH), self.test[1].split(BATCH), strict=True):
+                record = heads[0].record(x)
+                for i, head in enumerate(heads):
+                    right[i] += int((head.eval().logits(record).argmax(1) == y).sum())
+        seconds = (time.process_time() - begin) / len(group)
+        rows = zip(group, right, last, strict=True)
+        return [_run(s.figure, s.name, count / len(self.test[1]), loss, seconds) for s, count, loss in rows]
+
+    def ours(self, figure: str, name: str, method: str, settings: dict[str, Any]) -> list[dict[str, Any]]:
+        """One setting of another method."""
+        begin = time.process_time()
+        gradnet = GradNet(self.base, self.data.num_classes, method=method, seed=self.seed, **settings)  # type: ignore[arg-type]
+        batches = list(self._batches(1))
+        gradnet.fit(batches, self.epochs, progress=False, missing_classes=self.smoke)
+        accuracy = gradnet.accuracy(zip(self.test[0].split(250), self.test[1].split(250), strict=True))
+        return [_run(figure, name, accuracy, gradnet.history[-1]["loss"], time.process_time() - begin)]
+
+    def _generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed)
+
+    def _num_steps(self) -> int:
+        return self.epochs * -(-len(self.x) // BATCH)
+
+    def _batches(self, epochs: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        generator = self._generator()
+        for _ in range(epochs or self.epochs):
+            for part in torch.randperm(len(self.x), generator=generator).split(BATCH):
+                yield self.x[part], self.y[part]
 
 
-def _write(runs: list[dict], data: Dataset, images: int, options: argparse.Namespace) -> None:
+def _run(figure: str, setting: str, accuracy: float, loss: float, seconds: float) -> dict[str, Any]:
+    print(f"{figure}: {setting}: {accuracy:.4f}", flush=True)
+    return {"figure": figure, "setting": setting, "accuracy": accuracy, "last_loss": loss, "seconds": seconds}
+
+
+def _write(runs: list[dict], data: Dataset, options: argparse.Namespace) -> None:
     rows = []
-    for figure, settings in PAPER.items():
-        for setting in settings:
-            found = [run for run in runs if (run["figure"], run["setting"]) == (figure, setting)]
-            if found:
-                rows.append(
-                    {
-                        "figure": figure,
-                        "setting": setting,
-                        "seeds": len(found),
-                        "accuracy": quartiles([run["accuracy"] for run in found])["median"],
-                        "last loss": quartiles([run["last_loss"] for run in found])["median"],
-                        "seconds": quartiles([run["seconds"] for run in found])["median"],
-                    }
-                )
-    numbers = {"network": "cnn_small", "data": data.title, "images": images, "epochs": 2, "rates": RATES}
-    numbers |= {"summary": rows, "runs": runs}
+    for figure, setting in dict.fromkeys((run["figure"], run["setting"]) for run in runs):
+        found = [run for run in runs if (run["figure"], run["setting"]) == (figure, setting)]
+        medians = {
+            key: quartiles([run[key] for run in found])["median"] for key in ("accuracy", "last_loss", "seconds")
+        }
+        rows.append({"figure": figure, "setting": setting, "seeds": len(found), **medians})
+    numbers = {
+        "network": "cnn_small", "data": data.title, "images": options.images, "epochs": options.epochs,
+        "test images": options.test, "conclusions": _conclusions(runs, options.test), "summary": rows, "runs": runs,
+    }  # fmt: skip
     write_result(NAME, numbers, options, seeds=sorted({run["seed"] for run in runs}), rows=rows)
+
+
+def _conclusions(runs: list[dict], test: int) -> list[dict[str, object]]:
+    found = []
+    for figure, claim in CLAIMS.items():
+        own = (figure, "scale, power 0.5") if figure.startswith("Fig. 8") else (BEST, "as it is")
+        best = {run["seed"]: run["accuracy"] for run in runs if (run["figure"], run["setting"]) == own}
+        # Another rate of SGD is no point against it.
+        others = [
+            run
+            for run in runs
+            if run["figure"] == figure and (figure, run["setting"]) != own and not run["setting"].startswith("SGD")
+        ]
+        seeds = sorted(seed for seed in best if any(run["seed"] == seed for run in others))
+        if not seeds:
+            continue
+        rivals = {seed: max((r for r in others if r["seed"] == seed), key=lambda r: r["accuracy"]) for seed in seeds}
+        leads = [best[seed] - rivals[seed]["accuracy"] for seed in seeds]
+        accuracy = sum(best[seed] for seed in seeds) / len(seeds)
+        noise = 2 * math.sqrt(accuracy * (1 - accuracy) / test)
+        verdict = "holds" if min(leads) >= 0 else "fails" if max(leads) < 0 else "seeds disagree"
+        if max(map(abs, leads)) < noise:
+            verdict = "no difference"
+        rival = [rivals[seed]["setting"] for seed in seeds]
+        row = {"figure": figure, "paper": claim, "verdict": verdict, "lead by seed": leads, "noise": noise}
+        found.append({**row, "best of the others by seed": rival})
+    return found
 
 
 def _earlier(options: argparse.Namespace) -> list[dict]:

@@ -105,7 +105,7 @@ class CandidateNetwork(nn.Module):
                 self.register_buffer(f"labels{i}", torch.ones(num_classes, size, dtype=torch.bool, device=like.device))
         self.blocks = nn.ModuleList(_linear(p, m) for p, m in zip(sizes, units, strict=True))
         self.norm = nn.BatchNorm1d(sum(units)) if batch_norm else nn.Identity()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout
         self.output = _linear(sum(units), num_classes)
         for layer, share in [*((b, 1 - percentile / 100) for b in self.blocks), (self.output, 1.0)]:
             assert isinstance(layer, nn.Linear)
@@ -156,24 +156,35 @@ class CandidateNetwork(nn.Module):
         return {"features": torch.cat(parts, 2)}
 
     def training_record(self, inputs: Any, generator: torch.Generator) -> dict[str, Tensor]:
-        """The features for one label per sample, drawn at random."""
+        """The features for one label per sample, drawn at random, and which hidden units dropout keeps."""
         shape = (Batch(inputs).num_samples, 1)
         labels = torch.randint(self.num_classes, shape, generator=generator)
-        return self.record(inputs, labels.to(self.output.weight.device))
+        return self.with_dropout(self.record(inputs, labels.to(self.output.weight.device)), generator)
 
     def training_view(self, record: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        """One label per sample, drawn at random, of a record that has them all."""
+        """The same of a record that has all labels."""
         features = record["features"]
         drawn = torch.randint(features.shape[1], (len(features),), generator=generator).to(features.device)
-        return {"features": features[torch.arange(len(features), device=features.device), drawn][:, None]}
+        chosen = features[torch.arange(len(features), device=features.device), drawn][:, None]
+        return self.with_dropout({"features": chosen}, generator)
+
+    def with_dropout(self, record: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        """The record, with the hidden units that dropout keeps."""
+        if not self.dropout:
+            return record
+        features = record["features"]
+        drawn = torch.rand(len(features), self.output.in_features, generator=generator)
+        return {**record, "kept": (drawn >= self.dropout).to(features) / (1 - self.dropout)}
 
     def logits(self, record: Mapping[str, Tensor]) -> Tensor:
-        """Sum over the candidate labels of h, [N, C]."""
+        """Sum over the candidate labels of h, [N, C]; with dropout where the record says so."""
         features = record["features"]
         parts = torch.split(features.flatten(0, 1), self._gradients.sizes, 1)
         hidden = torch.cat([block(part) for block, part in zip(self.blocks, parts, strict=True)], 1)
-        logits = self.output(self.dropout(torch.relu(self.norm(hidden))))
-        result: Tensor = logits.view(*features.shape[:2], -1).sum(1)
+        hidden = torch.relu(self.norm(hidden))
+        if "kept" in record:
+            hidden = hidden * record["kept"]
+        result: Tensor = self.output(hidden).view(*features.shape[:2], -1).sum(1)
         return result
 
     def forward(self, inputs: Any) -> Tensor:
