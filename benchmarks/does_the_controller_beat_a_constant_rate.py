@@ -8,8 +8,8 @@ seconds say what the measurements cost. A constant rate of the controller's own 
 measurements from another seed's run, show what the rate's level and its course are worth.
 
 Where the best constant or cosine rate is at the grid's edge, the grid is extended by factors of two until it is not.
-Beside them, the controller with the share of noise in its rate: half-way (signal power 0.5), and as the best single step
-has it (signal power 1). Defaults were chosen on seed 100, which is not reported.
+Beside them, the controller with the share of noise in its rate: half-way (signal power 0.5), and as the best single
+step has it (signal power 1). Defaults were chosen on seed 100, which is not reported.
 
 Each candidate is written when its seeds are done; ``--resume`` goes on from there, and ``--draw`` makes the picture
 from the result without measuring anything.
@@ -112,7 +112,12 @@ def evaluate(model: nn.Module, inputs: Tensor, targets: Tensor) -> tuple[float, 
 
 
 def fill(
-    runs: Runs, task: str, data: Dataset, seeds: Sequence[int], options: argparse.Namespace, written: Callable[[], None]
+    runs: Runs,
+    task: str,
+    data: Dataset,
+    seeds: Sequence[int],
+    options: argparse.Namespace,
+    written: Callable[[], object],
 ) -> None:
     """Train what ``runs`` lacks, calling ``written`` after each candidate."""
     _, _, make_model, steps, every = (*TASKS[task][:3], 12, 4) if options.smoke else TASKS[task]
