@@ -5,17 +5,15 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# A benchmark is a file that takes the options all benchmarks share.
-BENCHMARKS := $(filter-out harness,$(basename $(notdir $(shell grep -l benchmark_parser benchmarks/*.py))))
 
 .PHONY: help demo test check format benchmarks clean
 
 help:
-	@echo "make demo        train a network with SGD and with WhiteningSGD, and draw both curves"
+	@echo "make demo        train a network, watch it, take it apart, and write a page about it"
 	@echo "make test        run the tests and the examples in docstrings"
 	@echo "make check       format, lint, types"
 	@echo "make format      put the sources into the form that 'make check' asks for"
-	@echo "make benchmarks  run every benchmark (long); ARGS=--smoke only shows that each runs"
+	@echo "make benchmarks  run every benchmark that was not run yet (long); ARGS=--smoke only shows that each runs"
 	@echo "make clean       remove .venv and what tools left behind"
 
 demo: $(READY)
@@ -35,7 +33,8 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 
 benchmarks: $(READY)
-	@set -e; for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python -m benchmarks.$$name $(ARGS); done
+	$(BIN)/python -m benchmarks $(ARGS)
+	@$(if $(findstring --smoke,$(ARGS)),,$(BIN)/python -m benchmarks.report)
 
 # The stamp is written last, so that an interrupted set-up is taken up again; pip leaves alone what is there already.
 $(READY): pyproject.toml

@@ -274,7 +274,7 @@ def write_result(
         numbers: what was measured; tensors and arrays become lists, a nan or inf the string of that name.
         options: from :func:`start`.
         seeds: seeds of the runs.
-        rows: the table to print, if any.
+        rows: the table to print and to keep for benchmarks/README.md, if any.
 
     Returns:
         The path written to.
@@ -288,6 +288,7 @@ def write_result(
         "environment": options.environment,
         "seeds": list(seeds),
         "numbers": numbers,
+        "rows": list(rows),
     }
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
