@@ -94,6 +94,7 @@ def main(argv: list[str] | None = None) -> None:
                     if result.has(name, seed, method):
                         continue
                     if time.process_time() > 60 * options.minutes:
+                        result.write()
                         print(f"{options.minutes} minutes are over; start again to go on")
                         return
                     if (data, seed) not in benches:
@@ -119,9 +120,9 @@ class _Result:
     def add(self, run: dict[str, Any]) -> None:
         self.runs.append({**run, "commit": self.options.environment["commit"]})
         print(", ".join(f"{key} {value}" for key, value in run.items()), flush=True)
-        self.write()
+        self.write(table=False)
 
-    def write(self) -> None:
+    def write(self, *, table: bool = True) -> None:
         rows: list[dict[str, object]] = []
         for name, case in CASES.items():
             of_case = [run for run in self.runs if run["case"] == name]
@@ -139,7 +140,9 @@ class _Result:
                         {"case": name, "method": method, "seeds": len(of_method), **medians, **figures, **wanted}
                     )
         numbers = {"network": "cnn_small", "batch": BATCH, "summary": rows, "runs": self.runs}
-        write_result(NAME, numbers, self.options, seeds=sorted({run["seed"] for run in self.runs}), rows=rows)
+        write_result(
+            NAME, numbers, self.options, seeds=sorted({run["seed"] for run in self.runs}), rows=rows if table else ()
+        )
 
 
 _loaded: dict[str, Dataset] = {}

@@ -22,13 +22,16 @@ _NO_SAMPLE = "data gave no sample: at least one is needed. Is the loader empty?"
 class RecordCache:
     """Records of N samples with their targets; in a folder they are memory-mapped and never held as a whole.
 
+    Images keep their memory format: those with their channels innermost are arrays [N, H, W, C].
+
     Args:
         arrays: name to [N, ...], "targets" among them.
         owner: fingerprint of the network and the settings that the records belong to.
+        channels_last: names of the arrays whose last axis is the channels of an image, the tensors' second.
     """
 
-    def __init__(self, arrays: Mapping[str, np.ndarray], owner: str) -> None:
-        self._arrays, self.owner = dict(arrays), owner
+    def __init__(self, arrays: Mapping[str, np.ndarray], owner: str, channels_last: Iterable[str] = ()) -> None:
+        self._arrays, self.owner, self._channels_last = dict(arrays), owner, frozenset(channels_last)
 
     def __len__(self) -> int:
         return len(self._arrays["targets"])
@@ -58,12 +61,14 @@ class RecordCache:
         if folder is not None:
             return _written(records, owner, Path(folder))
         parts: dict[str, list[np.ndarray]] = {}
+        last: dict[str, bool] = {}
         for record, targets in records:
             for name, tensor in {**record, "targets": targets}.items():
-                parts.setdefault(name, []).append(_array(tensor))
+                parts.setdefault(name, []).append(_array(tensor, last.setdefault(name, _is_channels_last(tensor))))
         if not parts:
             raise ValueError(_NO_SAMPLE)
-        return cls({name: np.concatenate(parts.pop(name)) for name in list(parts)}, owner)
+        arrays = {name: np.concatenate(parts.pop(name)) for name in list(parts)}
+        return cls(arrays, owner, [name for name, is_last in last.items() if is_last])
 
     @classmethod
     def open(cls, folder: str | Path) -> RecordCache:
@@ -86,7 +91,7 @@ class RecordCache:
             name: np.memmap(Path(folder) / of["file"], of["dtype"], "r", shape=tuple(of["shape"]))
             for name, of in index["arrays"].items()
         }
-        return cls(arrays, index["owner"])
+        return cls(arrays, index["owner"], [name for name, of in index["arrays"].items() if of["channels_last"]])
 
     def batches(
         self, size: int, generator: torch.Generator | None, device: torch.device
@@ -104,6 +109,7 @@ class RecordCache:
         order = torch.arange(len(self)) if generator is None else torch.randperm(len(self), generator=generator)
         for part in torch.split(order, size):
             record = {name: torch.from_numpy(array[part.numpy()]).to(device) for name, array in self._arrays.items()}
+            record |= {name: record[name].permute(0, 3, 1, 2) for name in self._channels_last}
             yield record, record.pop("targets")
 
 
@@ -133,11 +139,15 @@ def _written(records: Iterable[tuple[Mapping[str, Tensor], Tensor]], owner: str,
         files: dict[str, BinaryIO] = {}
         for record, targets in records:
             for name, tensor in {**record, "targets": targets}.items():
-                array = _array(tensor)
+                last = arrays[name]["channels_last"] if name in arrays else _is_channels_last(tensor)
+                array = _array(tensor, last)
                 if name not in files:
                     path = folder / f"{len(files)}.raw"
                     files[name] = stack.enter_context(path.open("wb"))
-                    arrays[name] = {"file": path.name, "dtype": array.dtype.str, "shape": [0, *array.shape[1:]]}
+                    shape = [0, *array.shape[1:]]
+                    arrays[name] = {
+                        "file": path.name, "dtype": array.dtype.str, "shape": shape, "channels_last": last
+                    }  # fmt: skip
                 arrays[name]["shape"][0] += len(array)
                 files[name].write(array.tobytes())
     if not arrays:
@@ -146,5 +156,10 @@ def _written(records: Iterable[tuple[Mapping[str, Tensor], Tensor]], owner: str,
     return RecordCache.open(folder)
 
 
-def _array(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().cpu().contiguous().numpy()
+def _is_channels_last(tensor: Tensor) -> bool:
+    return tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+def _array(tensor: Tensor, channels_last: bool) -> np.ndarray:
+    tensor = tensor.detach().permute(0, 2, 3, 1) if channels_last else tensor.detach()
+    return tensor.cpu().contiguous().numpy()

@@ -127,9 +127,9 @@ class GateProgram:
             UnsupportedBaseError: the steps do not give the network's outputs, which the first call looks at.
         """
         self._check(args)
-        (x,) = args
+        x = _channels_last(*args)
         record: Record = {"x": x}
-        values: dict[str, Any] = {self._placeholder: _channels_last(x)}
+        values: dict[str, Any] = {self._placeholder: x}
         with torch.no_grad():
             for step in self._steps:
                 given, kwargs = map_arg((step.args, step.kwargs), lambda node: values[node.name])
