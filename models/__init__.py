@@ -9,8 +9,8 @@ from torchgeom_optim.models.gradient_graph import GradientGraph, draw_graphs, gr
 from torchgeom_optim.models.gradient_kernel import GradientKernel
 from torchgeom_optim.models.gradnet import GradNet
 from torchgeom_optim.models.gradnet_cache import RecordCache
-from torchgeom_optim.models.gradnet_gates import UnsupportedBaseError
 from torchgeom_optim.models.gradnet_paper import CandidateNetwork
+from torchgeom_optim.models.gradnet_steps import UnsupportedBaseError
 from torchgeom_optim.models.rbm import BernoulliRBM, RBMGradientFeatures
 from torchgeom_optim.models.reduced_model import ReducedModel
 from torchgeom_optim.models.reduction import decompose, reduce_model

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torchgeom_optim.geometry.per_sample import Batch
-from torchgeom_optim.models.gradnet_gates import GateProgram, Layer, Record, applied
+from torchgeom_optim.models.gradnet_gates import GateProgram
+from torchgeom_optim.models.gradnet_steps import Layer, Record, applied
 
 __all__ = ["GatedNetwork"]
 

@@ -24,7 +24,8 @@ from torchgeom_optim.geometry.jacobian import Jacobian
 from torchgeom_optim.geometry.kronecker import KroneckerBasis, diagonal_in, kronecker_factors
 from torchgeom_optim.geometry.per_sample import Batch
 from torchgeom_optim.geometry.private_evaluation import private_evaluation
-from torchgeom_optim.models.gradnet_gates import GateProgram, Layer, Record, UnsupportedBaseError, applied
+from torchgeom_optim.models.gradnet_gates import GateProgram
+from torchgeom_optim.models.gradnet_steps import Layer, Record, UnsupportedBaseError, applied
 
 __all__ = ["LinearisedNetwork"]
 

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from tests.oracles import tolerance
 from torchgeom_optim.models import UnsupportedBaseError
-from torchgeom_optim.models.gradnet_gates import GateProgram, Layer, applied
+from torchgeom_optim.models.gradnet_gates import GateProgram
+from torchgeom_optim.models.gradnet_steps import Layer, applied
 
 
 class Residual(nn.Module):
