@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import SGD, Adam, Optimizer
 
 from torchgeom_optim.geometry.heads import LossFunction
 from torchgeom_optim.geometry.per_sample import Batch
@@ -27,14 +26,13 @@ from torchgeom_optim.models.gradnet_data import (
     pair,
 )
 from torchgeom_optim.models.gradnet_files import layouts_as_text, layouts_from_text, read_tensors, write_tensors
-from torchgeom_optim.models.gradnet_fit import EpochRow, FitSettings, fit_head
+from torchgeom_optim.models.gradnet_fit import DEFAULT_OPTIMIZERS, EpochRow, FitSettings, OptimizerFactory, fit_head
 from torchgeom_optim.models.gradnet_paper import CandidateNetwork
 from torchgeom_optim.models.tangent import LinearisedNetwork
 
 __all__ = ["GradNet"]
 
 Method = Literal["gated", "linearised", "paper"]
-OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
 
 
 class GradNet(nn.Module):
@@ -49,8 +47,10 @@ class GradNet(nn.Module):
     - ``"paper"``: a shallow network on sparsified per-sample gradients for candidate labels, with the paper's settings
       as defaults (:class:`CandidateNetwork`). Any base.
 
-    Where the base may be changed, simply training it on with the same data is as good and cheaper: GradNet is for
-    weights that are frozen, shared or certified. Source: Daroczy et al., "GradNet"; the first two methods are ours.
+    Where the base may be changed, simply training it on with the same data is as good and cheaper. GradNet is for
+    weights that are frozen, certified, shared by several tasks or served behind an interface; against a head on the
+    frozen last features, which costs less, it pays where the base was stopped early. Source: Daroczy et al., "GradNet";
+    the first two methods are ours.
 
     Args:
         model: the base, with logits [N, C].
@@ -200,9 +200,10 @@ class GradNet(nn.Module):
 
         Raises:
             ValueError: bad settings, labels, features or losses; the head is then what it was.
-            TypeError: data that can be gone through only once.
+            TypeError: data that can be gone through only once; likewise.
+            RuntimeError: whatever the base raises on the data; likewise.
         """
-        make = optimizer or _DEFAULT_OPTIMIZERS[self.method]
+        make = optimizer or DEFAULT_OPTIMIZERS[self.method]
         if patience is not None and validation is None:
             raise ValueError(
                 "patience without validation: early stopping needs data set aside. Pass validation=loader."
@@ -211,9 +212,10 @@ class GradNet(nn.Module):
             raise TypeError(
                 f"data is {type(data).__name__}: mini-batches that can be gone through again are needed. Try list(...)."
             )
-        settings = FitSettings(
-            epochs, make, schedule, patience, checkpoint, progress, missing_classes, self._identity(epochs, schedule)
+        identity = fingerprint(
+            self.base, self.method, self.num_classes, self.seed, self._settings_text(), epochs, schedule
         )
+        settings = FitSettings(epochs, make, schedule, patience, checkpoint, progress, missing_classes, identity)
         before = self.head
         try:
             if isinstance(data, RecordCache):
@@ -233,7 +235,7 @@ class GradNet(nn.Module):
             self.history = fit_head(
                 head, batches, self._loss, self.num_classes, settings, validate, generator, num_batches
             )
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RuntimeError):
             self.head = before
             raise
         return self
@@ -364,14 +366,8 @@ class GradNet(nn.Module):
                 f"{Path(path).name} was trained around another base: weights and buffers must be the same. Give that "
                 "network, or save with with_base=True."
             )
-        gradnet = cls(
-            model,
-            about["num_classes"],
-            method=about["method"],
-            loss_fn=loss_fn,
-            seed=about["seed"],
-            **about["settings"],
-        )
+        told = {key: about[key] for key in ("num_classes", "method", "seed")}
+        gradnet = cls(model, loss_fn=loss_fn, **told, **about["settings"])
         of_head = {name[5:]: t for name, t in tensors.items() if name.startswith("head.")}
         if gradnet.method == "paper":
             gradnet.head = CandidateNetwork(model, gradnet.num_classes, loss_fn=loss_fn, **gradnet.settings)
@@ -447,15 +443,5 @@ class GradNet(nn.Module):
                 "it anew with cache(...)."
             )
 
-    def _identity(self, *fit: object) -> str:
-        return fingerprint(self.base, self.method, self.num_classes, self.seed, self._settings_text(), fit)
-
     def _settings_text(self) -> str:
         return json.dumps(self.settings, sort_keys=True, default=repr)
-
-
-_DEFAULT_OPTIMIZERS: dict[str, OptimizerFactory] = {
-    "gated": lambda parameters: Adam(parameters, 1e-3, fused=True),
-    "linearised": lambda parameters: Adam(parameters, 3e-3, fused=True),
-    "paper": lambda parameters: SGD(parameters, 0.02, momentum=0.9),
-}

@@ -58,14 +58,17 @@ def test_training_helps_and_the_base_is_untouched(method):
     assert torch.equal(gradnet.predict(X), gradnet(X).argmax(1))
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_seed_fixes_the_result_and_global_randomness_does_not_matter(method):
+DRAWING = [*((method, {}) for method in METHODS), ("paper", {"dropout": 0.5})]
+
+
+@pytest.mark.parametrize(("method", "settings"), DRAWING)
+def test_a_seed_fixes_the_result_and_global_randomness_does_not_matter(method, settings):
     results = []
     for draws in (1, 5):
         model = base()
         torch.rand(draws)
         state = torch.get_rng_state()
-        gradnet = GradNet(model, C, method=method, seed=3).fit(DATA, 2)
+        gradnet = GradNet(model, C, method=method, seed=3, **settings).fit(DATA, 2)
         assert torch.equal(torch.get_rng_state(), state)
         results.append(gradnet(X))
     assert torch.equal(*results)
@@ -142,19 +145,40 @@ class Interrupted(list):
             yield batch
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_an_interrupted_fit_resumes(method, tmp_path):
+@pytest.mark.parametrize(("method", "settings"), DRAWING)
+def test_an_interrupted_fit_resumes(method, settings, tmp_path):
     path = tmp_path / "fit.pt"
-    whole = GradNet(base(), C, method=method).fit(DATA, 4)
-    gradnet = GradNet(base(), C, method=method)
+    whole = GradNet(base(), C, method=method, **settings).fit(DATA, 4)
+    gradnet = GradNet(base(), C, method=method, **settings)
     with pytest.raises(KeyboardInterrupt):
         gradnet.fit(Interrupted(DATA, 8 if method == "gated" else 11), 4, checkpoint=path)
-    resumed = GradNet(base(), C, method=method).fit(DATA, 4, checkpoint=path)
+    resumed = GradNet(base(), C, method=method, **settings).fit(DATA, 4, checkpoint=path)
     assert len(resumed.history) == 4
     assert resumed.history == whole.history
     assert torch.equal(resumed(X), whole(X))
     with pytest.raises(ValueError, match="other settings"):
         GradNet(base(), C, method=method, seed=8).fit(DATA, 4, checkpoint=path)
+
+
+def test_a_progress_bar_counts_batches(capsys):
+    pytest.importorskip("tqdm", reason="the bar needs the extra 'demo'")
+    GradNet(base(), C).fit(DATA, 2, progress=True)
+    assert "6/6" in capsys.readouterr().err
+    GradNet(base(), C).fit(DATA, 2, progress=False)
+    assert capsys.readouterr().err == ""
+
+
+def test_images_keep_their_memory_format_in_a_cache(tmp_path):
+    gradnet = GradNet(base(), C, method="linearised", sample=DATA[0][0])
+    fresh = gradnet.head.record(DATA[0][0])
+    gradnet.cache(DATA, tmp_path)
+    for cache in (gradnet.cache(DATA), RecordCache.open(tmp_path)):
+        kept, targets = next(iter(cache.batches(20, None, torch.device("cpu"))))
+        assert torch.equal(targets, DATA[0][1])
+        assert kept.keys() == fresh.keys()
+        for name, value in fresh.items():
+            assert torch.equal(kept[name], value), name
+            assert kept[name].stride() == value.stride() or 1 in value.shape, name
 
 
 def test_early_stopping_returns_to_the_best():

@@ -88,3 +88,17 @@ def test_blocks_of_the_papers_network():
 def test_settings_out_of_range(settings, named):
     with pytest.raises(ValueError, match=named):
         CandidateNetwork(base(), 3, **settings)
+
+
+def test_dropout_drops_units_of_a_training_record_alone():
+    net = network(dropout=0.25).train()
+    record = net.training_record(X, generator())
+    assert record["kept"].shape == (7, 7)
+    assert set(record["kept"].unique().tolist()) == {0.0, 1 / 0.75}
+    plain = {"features": record["features"]}
+    hidden = torch.cat([net.blocks[0](plain["features"][:, 0, :24]), net.blocks[1](plain["features"][:, 0, 24:])], 1)
+    expected = net.output(torch.relu(hidden) * record["kept"])
+    torch.testing.assert_close(net.logits(record), expected, **tolerance(condition=10))
+    assert not torch.allclose(net.logits(plain), expected)
+    assert "kept" not in net.record(X)
+    assert "kept" in net.training_view(net.record(X), generator())
