@@ -6,12 +6,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test check format benchmarks clean
+.PHONY: help demo test check docs format benchmarks clean
 
 help:
 	@echo "make demo        train a network, watch it, take it apart, and write a page about it"
 	@echo "make test        run the tests and the examples in docstrings"
-	@echo "make check       format, lint, types"
+	@echo "make check       format, lint, types, and the documentation without a warning"
+	@echo "make docs        the documentation, into output/docs"
 	@echo "make format      put the sources into the form that 'make check' asks for"
 	@echo "make benchmarks  run every benchmark that was not run yet (long); ARGS=--smoke only shows that each runs"
 	@echo "make clean       remove .venv and what tools left behind"
@@ -27,6 +28,11 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pyright
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs output/docs
+
+docs: $(READY)
+	$(BIN)/sphinx-build -W --keep-going -b html docs output/docs
+	@echo "file://$(CURDIR)/output/docs/index.html"
 
 format: $(READY)
 	$(BIN)/ruff format .
