@@ -109,7 +109,8 @@ def decompose(
         importance: see there.
         center: "origin" as in the paper, or the initial weights: a network, or name to tensor.
         num_samples: of the calibration; by default all there are, 1024 at most.
-        max_directions: k at most, for ``basis="exact"``, whose directions take k times the network's memory.
+        max_directions: k at most, for ``basis="exact"``, whose directions take k times the network's memory; the
+            rank where that is less.
         largest_side: eigenvectors of larger matrices are not taken; that side of a layer keeps its single weights.
         select: picks the outputs out of what the network returns.
         class_dim: axis of the classes in the outputs.
@@ -165,8 +166,8 @@ def _exact(
             "the metric has no eigenvalue above round-off: predictions must depend on the weights. Are they constant?"
         )
     available = DenseDirections(torch.empty(jacobian.shape[1], 0), jacobian.vectors.shapes)
-    available.num_directions = rank
-    k = rank if max_directions is None else number_of(max_directions, available, jacobian.num_samples)
+    available.num_directions = jacobian.shape[1]
+    k = rank if max_directions is None else min(rank, number_of(max_directions, available, jacobian.num_samples))
     V = spectrum.eigenvectors(k).to(dtype)
     return DenseDirections(V, jacobian.vectors.shapes), spectrum.eigenvalues[:k]
 

@@ -101,6 +101,8 @@ def test_as_many_exact_directions_as_the_rank_reproduce_the_image_of_j() -> None
     found = torch.cat([value.reshape(-1) for value in fewer.weights().values()]).detach()
     with pytest.raises(AssertionError):
         torch.testing.assert_close(rows @ found, rows @ weights(model), **tolerance(condition=1e6))
+    assert decompose(model, x, basis="exact", max_directions=5).directions.num_directions == 5
+    assert decompose(model, x, basis="exact", max_directions=1.0).directions.num_directions == 16  # the rank
 
 
 @pytest.mark.parametrize("basis", BASES)

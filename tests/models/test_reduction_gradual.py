@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -53,6 +54,23 @@ def test_gradual_is_closer_to_the_network_than_one_shot(basis: str, importance: 
     assert reduced.report is not None
     assert reduced.report.at.num_directions == reduced.num_directions
     torch.testing.assert_close(reduced.merge()(x), reduced(x), **tolerance(condition=1e3))
+
+
+@pytest.mark.parametrize(("settle", "first_of_the_last"), [(0.0, 39), (0.5, 20)])
+def test_no_direction_is_dropped_while_the_network_settles(settle: float, first_of_the_last: int) -> None:
+    numbers: list[int] = []
+
+    def noting(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        optimizer = torch.optim.SGD(parameters, 1e-3)
+        optimizer.register_step_pre_hook(lambda o, *_: numbers.append(o.param_groups[0]["params"][0].numel()))
+        return optimizer
+
+    reduce_gradually(network(), inputs(), 12, steps=40, every=1, settle=settle, optimizer=noting)
+    assert len(numbers) == 40
+    assert numbers == sorted(numbers, reverse=True)
+    if settle:
+        assert numbers[first_of_the_last:] == [12] * (40 - first_of_the_last)
+    assert numbers[first_of_the_last - 1] > 12
 
 
 def test_the_same_generator_gives_the_same_network_and_a_loader_will_do() -> None:
@@ -124,6 +142,7 @@ def test_bad_input() -> None:
         ({"batch_size": 0}, "batch_size=0: must be at least 1"),
         ({"every": 0}, "every=0: must be at least 1"),
         ({"lr": math.nan}, r"lr=nan: must be in \(0, inf\)"),
+        ({"settle": 1.0}, r"settle=1.0: must be in \[0, 1\)"),
         ({"seconds": 0.0}, r"seconds=0.0: must be in \(0, inf\)"),
         ({"num_directions": 1000}, r"num_directions=1000: must be in \[1, 123\]"),
         ({"lr": 1e308, "steps": 4}, "finite"),
