@@ -7,21 +7,22 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from torchgeom_optim.diagnostics.batch_gradient import BatchGradient
+from torchgeom_optim.diagnostics.batch_metrics import BatchMetrics
 from torchgeom_optim.diagnostics.cost import Cost, predicted_cost
 from torchgeom_optim.diagnostics.history import History, Record
 from torchgeom_optim.diagnostics.loop import CriterionCall, LoopWatch, ObservedPass, innermost, reduction_of
 from torchgeom_optim.diagnostics.measurement import Layers, Measurement, Options
-from torchgeom_optim.diagnostics.metrics import METRICS, MetricsChoice, chosen_metrics
+from torchgeom_optim.diagnostics.metrics import MetricsChoice, chosen_metrics
+from torchgeom_optim.diagnostics.processes import Processes, wrapped_by
 from torchgeom_optim.diagnostics.schedule import Schedule, as_schedule
 from torchgeom_optim.diagnostics.two_steps import TwoSteps
-from torchgeom_optim.geometry.gram import per_sample_gram
 from torchgeom_optim.geometry.gram_accumulator import GramResult
 from torchgeom_optim.geometry.gram_recorder import GramRecorder
 from torchgeom_optim.geometry.per_sample import Batch
@@ -48,6 +49,10 @@ class Diagnostics:
       statistics instead, in a pass of its own. Dropout's masks are those of the pass; further passes share one mask.
       Under autocast further passes are in full precision.
     - *Compiled models* (``torch.compile(model)``) are measured in an uncompiled pass of their own.
+    - *Under DistributedDataParallel* numbers are of the batches of all processes together, and equal in each: when a
+      step is measured, every process gets the others' samples and makes passes of its own over all of them, so that
+      the cost grows with their number; the preset "free" needs none of it. Every process attaches, with the same
+      schedule; let one of them write files. :meth:`measure` is of the batch that it is given.
 
     Args:
         model: the module that the loop calls.
@@ -65,7 +70,7 @@ class Diagnostics:
 
     Raises:
         ValueError: nothing to train in the model, an unknown metric, a schedule of zero, a criterion without reduction,
-            a model that is spread over processes.
+            parameters that are sharded over processes.
         TypeError: the model is no module; the schedule or the criterion cannot be called.
 
     Example:
@@ -94,6 +99,7 @@ class Diagnostics:
         options: Options | None = None,
     ) -> None:
         self._called, self._model = model, innermost(model)
+        self._processes = Processes.of(model)
         if criterion is not None and not callable(criterion):
             raise TypeError(f"criterion={criterion!r}: must be a module or a function; nn.CrossEntropyLoss() is one.")
         self.criterion = criterion
@@ -102,10 +108,17 @@ class Diagnostics:
         self.history = History() if history is None else history
         self.options = options or Options()
         self.step = 0
-        self._reduction: Literal["mean", "sum"] = reduction_of(criterion, reduction)
-        self._freeze = freeze_statistics
         self._layers = Layers(self._model, per_layer)
-        self._steps = TwoSteps(self._layers, self.options)
+        self._steps = steps = TwoSteps(self._layers, self.options)
+        self._of_batch = BatchMetrics(
+            model=self._model,
+            metrics=self.metrics,
+            layers=self._layers,
+            options=self.options,
+            reduction=reduction_of(criterion, reduction),
+            freeze_statistics=freeze_statistics,
+            mask=lambda: steps.mask,
+        )
         self._optimizer: torch.optim.Optimizer | None = None
         self._watch: LoopWatch | None = None
         self._recorder: GramRecorder | None = None
@@ -144,15 +157,14 @@ class Diagnostics:
             )
         if optimizer is not None:
             self._follow(optimizer)
-        watched = self._called
-        while isinstance(watched, nn.parallel.DistributedDataParallel):
-            watched = watched.module
+        watched = next(m for m in wrapped_by(self._called) if not isinstance(m, nn.parallel.DistributedDataParallel))
         compiled = hasattr(watched, "_orig_mod")  # hooks within are not called
         self._watch = LoopWatch(watched, self.criterion, self._after_backward)
         self._watch.counting = optimizer is None
-        if self._needs_gram and not compiled and not self._freeze:
+        metrics = self._of_batch
+        if metrics.need_gram and not (compiled or metrics.freeze_statistics or self._processes):
             per_layer = bool(self._layers.names)
-            self._recorder = GramRecorder(self._model, reduction=self._reduction, per_layer=per_layer)
+            self._recorder = GramRecorder(self._model, reduction=metrics.reduction, per_layer=per_layer)
         self._next_due = bool(self.schedule(self.step))
         self._advance(0)
         return self
@@ -197,12 +209,11 @@ class Diagnostics:
         """
         loss_fn = CriterionCall(None) if self.criterion is None else self.criterion
         batch = Batch(x, y)
-        measurement = self._new_measurement(strict=True)
+        measurement = self._of_batch.new(self.step, strict=True)
         measurement.batch_size = batch.num_samples
         start = time.perf_counter()
-        self._gather(measurement, batch, loss_fn, None, None)
-        gradient = BatchGradient(self._model, loss_fn, batch, reduction=self._reduction)
-        measurement.loss = float(gradient.mean_loss())
+        self._of_batch.measure(measurement, batch, loss_fn)
+        measurement.loss = float(self._of_batch.gradient(batch, loss_fn).mean_loss())
         measurement.seconds = time.perf_counter() - start
         return self._append(measurement)
 
@@ -217,8 +228,9 @@ class Diagnostics:
             Seconds and bytes beyond the loop's own.
         """
         loss_fn = CriterionCall(None) if self.criterion is None else self.criterion
-        gradient = BatchGradient(self._model, loss_fn, Batch(x, y), reduction=self._reduction)
-        return predicted_cost(gradient, self.metrics, self._layers, self.options, rides=not self._freeze)
+        rides = not (self._of_batch.freeze_statistics or self._processes)
+        gradient = self._of_batch.gradient(Batch(x, y), loss_fn)
+        return predicted_cost(gradient, self.metrics, self._layers, self.options, rides=rides)
 
     def summary(self) -> str:
         """What a person would make of the history, in words."""
@@ -278,7 +290,7 @@ class Diagnostics:
             if self._recorder is not None:
                 self._recorder.reset()
             measurement.seconds = time.perf_counter() - start
-            if self._optimizer is not None and (self._needs_step or self._needs_gradient):
+            if self._optimizer is not None and (self._of_batch.need_step or self._of_batch.need_gradient):
                 self._waiting = measurement
             else:
                 self._append(measurement)
@@ -286,19 +298,21 @@ class Diagnostics:
             self._advance(1)
 
     def _measured(self, observed: ObservedPass) -> Measurement:
-        measurement = self._new_measurement()
+        metrics, measurement = self._of_batch, self._of_batch.new(self.step)
         if observed.loss is not None:
             measurement.loss = float(observed.loss)
-        scale = math.nan if observed.scale is None else float(observed.scale)
         batch = Batch(())
         try:
             batch = observed.batch()
             measurement.batch_size = batch.num_samples
-            if self._reduction == "sum":
+            if metrics.reduction == "sum":
                 measurement.loss /= measurement.batch_size
         except (TypeError, ValueError) as error:
             measurement.note(f"the batch: {error}")
             observed.loss_fn = None
+        if self._processes is not None:
+            self._measure_together(self._processes, measurement, batch, observed)
+            return measurement
         if observed.num_losses != 1:
             measurement.note(f"the criterion was called {observed.num_losses} times on one pass: not measured")
             return measurement
@@ -307,122 +321,65 @@ class Diagnostics:
                 "the criterion's input is not what the model returned, or the batch is not all tensors: only what the "
                 "backward pass shows is measured; put what lies between into the model or the criterion"
             )
-        self._gather(measurement, batch, observed.loss_fn, scale, observed)
-        if self._needs_gradient and self._optimizer is None and math.isfinite(scale) and scale:
+        scale = math.nan if observed.scale is None else float(observed.scale)
+
+        def gram(recorder: GramRecorder) -> GramResult:
+            if not 0.0 < abs(scale) < math.inf:
+                raise RuntimeError(f"the backward pass began with {scale} at the loss")
+            # The sign cancels in products of gradients.
+            return recorder.result(loss_scale=abs(scale), loss_fn=observed.loss_fn, targets=observed.targets)
+
+        from_pass = None if self._recorder is None else partial(gram, self._recorder)
+        metrics.measure(measurement, batch, observed.loss_fn, gram=from_pass, gradient_is_known=True)
+        if metrics.need_gradient and self._optimizer is None and math.isfinite(scale) and scale:
             measurement.from_gradient({name: g / scale for name, g in self._steps.gradients().items()})
-        if self._needs_step and self._optimizer is None:
-            measurement.note("weight_condition_number_two_step needs attach(optimizer)")
+        self._note_missing_optimizer(measurement)
         return measurement
+
+    def _measure_together(
+        self, processes: Processes, measurement: Measurement, batch: Batch, observed: ObservedPass
+    ) -> None:
+        """The batch of all processes. Whatever happens, each of them goes through the same collective operations."""
+        has_optimizer = self._optimizer is not None  # which gets the mean gradient of the processes
+        in_passes = self._of_batch.need_passes(gradient_is_known=has_optimizer)
+        loss_fn = observed.loss_fn if observed.num_losses == 1 else None
+        problem = "; ".join(measurement.notes) or f"{observed.num_losses} losses on one pass"
+        together = processes.gather(
+            None if loss_fn is None else batch, measurement.loss, problem, tensors=bool(in_passes)
+        )
+        measurement.loss, measurement.batch_size = together.loss, together.num_samples
+        if not together.is_even:
+            measurement.note("processes have unequal batches: here all samples weigh alike, in training all processes")
+        if together.batch is not None:
+            self._of_batch.measure(measurement, together.batch, loss_fn, gradient_is_known=has_optimizer)
+        else:
+            measurement.from_weights()
+            if in_passes:
+                measurement.note(f"{', '.join(in_passes)}: not measured over all processes, since {together.problem}")
+        self._note_missing_optimizer(measurement)
+        measurement.load_state(processes.agree(measurement.state()))
+
+    def _note_missing_optimizer(self, measurement: Measurement) -> None:
+        if self._of_batch.need_step and self._optimizer is None:
+            measurement.note("weight_condition_number_two_step needs attach(optimizer)")
 
     def _before_step(self) -> None:
         measurement, self._waiting = self._waiting, None
         if measurement is not None:
             start = time.perf_counter()
             with measurement.attempt("step"):
-                if self._needs_gradient:
+                if self._of_batch.need_gradient:
                     measurement.from_gradient(self._steps.gradients())
-                numbers = self._steps.condition_number() if self._needs_step else None
+                numbers = self._steps.condition_number() if self._of_batch.need_step else None
                 if numbers is not None:
                     measurement.put("weight_condition_number_two_step", numbers)
-                elif self._needs_step:
+                elif self._of_batch.need_step:
                     measurement.note("weight_condition_number_two_step: no step before this one was seen")
             measurement.seconds += time.perf_counter() - start
             self._append(measurement)
         self._steps.forget()
-        if self._next_due and self._needs_step:
+        if self._next_due and self._of_batch.need_step:
             self._steps.keep()
-
-    # One measurement
-
-    def _gather(
-        self,
-        measurement: Measurement,
-        batch: Batch,
-        loss_fn: Callable[..., Tensor] | None,
-        scale: float | None,
-        observed: ObservedPass | None,
-    ) -> None:
-        """All that the batch tells; ``scale`` and ``observed`` where the loop's own pass has been seen."""
-        with measurement.attempt("weights"):
-            measurement.from_weights()
-        if self._needs_gram:
-            with measurement.attempt("gram"):
-                measurement.from_gram(self._gram(measurement, batch, loss_fn, scale, observed))
-        if loss_fn is None:
-            wanted = [name for name in self.metrics if METRICS[name] not in ("gram", "weights", "step")]
-            if wanted:
-                measurement.note(f"{', '.join(wanted)}: not measured, the loss cannot be computed anew")
-            return
-
-        def gradient(freeze: bool) -> BatchGradient:
-            return BatchGradient(
-                self._model, loss_fn, batch, reduction=self._reduction, freeze_statistics=self._freeze or freeze
-            )
-
-        if measurement.wants("moves"):
-            with measurement.attempt("moves"):
-                measurement.from_moves(gradient(False), self._steps.mask)
-        elif self._needs_gradient and observed is None:
-            with measurement.attempt("gram"):
-                measurement.from_gradient(gradient(False)())
-        if measurement.wants("inputs"):
-            with measurement.attempt("inputs"):
-                measurement.from_inputs(gradient(False))
-        if measurement.wants("input_moves"):
-            with measurement.attempt("input_moves"):
-                measurement.from_input_moves(gradient(True))
-        if measurement.wants("hessian"):
-            with measurement.attempt("hessian"):
-                measurement.from_hessian(gradient(False))
-        if measurement.wants("spectrum"):
-            with measurement.attempt("spectrum"):
-                select = loss_fn.select if isinstance(loss_fn, CriterionCall) and self.criterion is not None else None
-                measurement.from_spectrum(self._model, batch.inputs, select)
-
-    def _gram(
-        self,
-        measurement: Measurement,
-        batch: Batch,
-        loss_fn: Callable[..., Tensor] | None,
-        scale: float | None,
-        observed: ObservedPass | None,
-    ) -> GramResult:
-        if self._recorder is not None and observed is not None and scale is not None:
-            try:
-                if not 0.0 < abs(scale) < math.inf:
-                    raise RuntimeError(f"the backward pass began with {scale} at the loss")
-                # The sign cancels in products of gradients.
-                return self._recorder.result(loss_scale=abs(scale), loss_fn=loss_fn, targets=observed.targets)
-            except RuntimeError as error:
-                if loss_fn is None:
-                    raise
-                measurement.note(f"Gram matrix from a pass of its own: {error}")
-        if loss_fn is None:
-            raise RuntimeError("the loss cannot be computed anew")
-        return per_sample_gram(
-            self._model,
-            loss_fn,
-            batch.inputs,
-            batch.targets,
-            reduction=self._reduction,
-            per_layer=bool(self._layers.names),
-            freeze_statistics=self._freeze,
-        )
-
-    @property
-    def _needs_gram(self) -> bool:
-        return any(METRICS[name] == "gram" and name != "gradient_norm" for name in self.metrics)
-
-    @property
-    def _needs_gradient(self) -> bool:
-        return "gradient_norm" in self.metrics and not self._needs_gram
-
-    @property
-    def _needs_step(self) -> bool:
-        return "weight_condition_number_two_step" in self.metrics
-
-    def _new_measurement(self, strict: bool = False) -> Measurement:
-        return Measurement(self.metrics, self._layers, self.options, self.step, strict)
 
     def _append(self, measurement: Measurement) -> Record:
         if measurement is self._waiting:

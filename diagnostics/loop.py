@@ -9,13 +9,14 @@ import inspect
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
+from torchgeom_optim.diagnostics.processes import wrapped_by
 from torchgeom_optim.geometry.capture import _in_functional_transform, _private_captures
 from torchgeom_optim.geometry.per_sample import Batch
 
@@ -65,6 +66,11 @@ class CriterionCall:
     def reduction(self) -> str | None:
         """The criterion's."""
         return getattr(self._criterion, "reduction", None)
+
+    @property
+    def has_criterion(self) -> bool:
+        """Whether there is one: without, ``select`` means nothing."""
+        return self._criterion is not None
 
     def select(self, outputs: Any) -> Tensor:
         """What the criterion takes of the model's outputs."""
@@ -219,32 +225,26 @@ def innermost(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: it is no module.
-        ValueError: its parameters or its batches are spread over processes, or nothing in it is trained.
+        ValueError: its parameters are spread over processes, or nothing in it is trained.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}: a torch.nn.Module is needed.")
-    inner: Any = model
-    while True:
-        if isinstance(inner, nn.parallel.DistributedDataParallel):
-            if torch.distributed.get_world_size(inner.process_group) > 1:
-                raise ValueError(
-                    "DistributedDataParallel over several processes: each sees its own part of the batch alone, and "
-                    "the numbers would not be the batch's; give model.module to have those of each process."
-                )
-            inner = inner.module
-        elif hasattr(inner, "_orig_mod"):
-            inner = inner._orig_mod
-        else:
-            break
+    *_, inner = wrapped_by(model)
     parameters = [p for p in inner.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError(
             f"{type(model).__name__} has no parameter that requires grad: nothing has a gradient to look at; unfreeze "
             f"some of them."
         )
-    if any(hasattr(p, "placements") for p in parameters):
-        raise ValueError("the parameters are sharded over processes: only whole ones can be measured.")
-    return cast(nn.Module, inner)
+    if any(hasattr(p, "placements") for p in parameters) or any(
+        hasattr(module, "_fsdp_wrapped_module") for module in inner.modules()
+    ):
+        raise ValueError(
+            "the parameters are sharded over processes, by fully_shard, FullyShardedDataParallel or tensor "
+            "parallelism: only whole ones can be measured; train with DistributedDataParallel, or measure(x, y) a "
+            "whole copy."
+        )
+    return inner
 
 
 def reduction_of(criterion: object, reduction: str | None = None) -> Literal["mean", "sum"]:

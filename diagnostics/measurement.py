@@ -21,6 +21,7 @@ from torchgeom_optim.geometry.gram_accumulator import GramResult, layer_of
 
 __all__ = ["Layers", "Measurement", "Options"]
 
+_State = tuple[dict[str, Tensor], dict[str, float], dict[str, tuple[float, ...]], list[str]]
 Perturbations = Literal["batch_gradient", "sample_gradients", "random"]
 
 
@@ -279,6 +280,15 @@ class Measurement:
         self.spectrum = spectra.eigenvalues
         for text in spectra.notes:
             self.note(text)
+
+    def state(self) -> _State:
+        """The numbers so far, for another process."""
+        numbers = {name: values.cpu() for name, values in self._numbers.items()}
+        return numbers, self._plain, self.spectrum, self.notes
+
+    def load_state(self, state: _State) -> None:
+        """Take over another process's numbers."""
+        self._numbers, self._plain, self.spectrum, self.notes = state
 
     def generator(self) -> torch.Generator:
         """Of this step's draws."""
