@@ -52,15 +52,16 @@ METHODS: dict[str, tuple[Optimizer, int]] = {
     "normalized_sgd, layers": (lambda model, lr: NaturalGradient.normalized_sgd(model, lr, "layer"), -2),
     "normalized_sgd, network": (NaturalGradient.normalized_sgd, -1),
     "fan_in": (NaturalGradient.fan_in, 1),
-    "diagonal, layers": (lambda model, lr: NaturalGradient(model, lr, "diagonal", "layer"), -7),
+    "diagonal, layers": (lambda model, lr: NaturalGradient(model, lr, "diagonal", "layer"), -6),
     "quasi_diagonal, units": (lambda model, lr: NaturalGradient(model, lr, "quasi_diagonal", "unit"), -7),
     "fisher_diagonal, layers": (lambda model, lr: NaturalGradient(model, lr, "fisher_diagonal", "layer"), -4),
     "fisher_quasi_diagonal, units": (
         lambda model, lr: NaturalGradient(model, lr, "fisher_quasi_diagonal", "unit"),
-        -6,
+        -5,
     ),
     "whitening, units": (lambda model, lr: NaturalGradient(model, lr, "whitening", "unit"), -3),
     "whitening, layers": (lambda model, lr: NaturalGradient(model, lr, "whitening", "layer"), -2),
+    "scale_free_whitening, units": (lambda model, lr: NaturalGradient(model, lr, "scale_free_whitening", "unit"), -3),
     "kfac": (NaturalGradient.kfac, -2),
     "kfac, per_sample": (lambda model, lr: NaturalGradient.kfac(model, lr, expectation="per_sample"), -3),
     "kronecker, units": (lambda model, lr: NaturalGradient(model, lr, "kronecker", "unit"), -5),
@@ -98,11 +99,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _earlier_runs(options: Any, setting: dict[str, Any]) -> list[Run]:
-    path = (options.output or RESULTS) / f"{NAME}.json"
-    if not path.exists():
+    paths = [folder / f"{NAME}.json" for folder in (options.output or RESULTS, RESULTS)]
+    path = next((path for path in paths if path.exists()), None)
+    if path is None:
         return []
     numbers = json.loads(path.read_text(encoding="utf-8"))["numbers"]
-    return numbers["runs"] if numbers["setting"] == setting else []
+    return numbers["runs"] if numbers["setting"] == setting else []  # each with the commit that it was measured on
 
 
 def _search(

@@ -47,7 +47,6 @@ _WHITENING_ONCE: list[Refusal] = [  # not hyper-parameters of a group
 ]
 
 _NATURAL_REFUSALS: list[Refusal] = [
-    ({"lr": None}, TypeError, "lr=.*need a number"),
     *[refusal for refusal in _WHITENING_REFUSALS if not {"rule", "trust_radius", "chain_length"} & set(refusal[0])],
     *[({"eps": value}, ValueError, "eps=.*must be in") for value in (NAN, INF, -0.1)],
     *[({"norm_decay": value}, ValueError, "norm_decay=.*must be in") for value in (NAN, INF, -0.1, 1.0)],

@@ -76,18 +76,16 @@ def diagonal(kernel: tuple[int, ...], bias: bool, groups: int, g: torch.Generato
 def quasi_diagonal(kernel: tuple[int, ...], bias: bool, groups: int, g: torch.Generator) -> Case:
     like = layer(kernel, True)
     k = rows_of(like).shape[1] - 1
-    blocks, kept = [], []
-    for _ in range(M):
-        a = spd(k + 1, g)
-        row, corner, diagonal = a[:k, k], a[k, k], a.diagonal()[:k]
-        kept.append((diagonal, row, corner))
-        corner = corner * 1.2
-        block = torch.outer(row, row) / corner  # what is not kept is completed through the bias
-        block.diagonal().copy_(diagonal + 0.2 * diagonal.mean())
-        blocks.append(torch.cat([torch.cat([block, row[:, None]], 1), torch.cat([row, corner[None]])[None]]))
-    on_diagonal, row, corner = (torch.stack(part) for part in zip(*kept, strict=True))
+    whole = torch.stack([spd(k + 1, g) for _ in range(M)])
+    on_diagonal, row, corner = whole.diagonal(dim1=1, dim2=2)[:, :k], whole[:, :k, k], whole[:, k, k]
+    blocks = []
+    for j in range(M):
+        damped = corner[j] + 0.2 * corner.mean()
+        block = torch.outer(row[j], row[j]) / damped  # what is not kept is completed through the bias
+        block.diagonal().copy_(on_diagonal[j] + 0.2 * on_diagonal.mean())
+        blocks.append(torch.cat([torch.cat([block, row[j][:, None]], 1), torch.cat([row[j], damped[None]])[None]]))
     shape = like.weight.shape
-    metric = QuasiDiagonalMetric.damped(on_diagonal.view(shape), row.view(shape), corner, 0.2)
+    metric = QuasiDiagonalMetric.damped(on_diagonal.reshape(shape), row.reshape(shape), corner, 0.2)
     return Case(metric, torch.block_diag(*blocks), like, "unit")
 
 

@@ -227,14 +227,16 @@ def test_the_fisher_quasi_diagonal_is_that_of_the_samples():
     found, grads = stepped(model, x, "fisher_quasi_diagonal", "unit", damping=0.1), samples(model, x)
     for name in ("conv", "head"):
         g = torch.cat([grads[f"{name}.weight"].flatten(2), grads[f"{name}.bias"][..., None]], 2)
+        squares = g.square().mean(0)
         for j in range(g.shape[1]):
             second = g[:, j].T @ g[:, j] / len(g)
-            row, corner, diagonal = second[:-1, -1], second[-1, -1] * 1.1, second.diagonal()[:-1]
-            if float(corner) == 0:
+            row, diagonal = second[:-1, -1], second.diagonal()[:-1]
+            corner = second[-1, -1] + 0.1 * squares[:, -1].mean()
+            if float(second[-1, -1]) == 0:
                 continue  # a dead unit
             dense = torch.zeros_like(second)
             dense[:-1, :-1] = torch.outer(row, row) / corner
-            dense[:-1, :-1].diagonal().copy_(diagonal + 0.1 * diagonal.mean())
+            dense[:-1, :-1].diagonal().copy_(diagonal + 0.1 * squares[:, :-1].mean())
             dense[-1, :-1] = dense[:-1, -1] = row
             dense[-1, -1] = corner
             mean = g[:, j].mean(0)
@@ -281,10 +283,10 @@ def test_the_length_over_samples_is_the_mean_of_theirs(metric, block):
                 blocks.append(centre.T @ second @ centre)
             else:
                 m = mean[j]
-                row, corner = m[:-1] * m[-1], m[-1] ** 2 * 1.3
+                row, corner = m[:-1] * m[-1], m[-1] ** 2 + 0.3 * (mean[:, -1] ** 2).mean()
                 dense = torch.zeros(4, 4, dtype=F64)
                 dense[:-1, :-1] = torch.outer(row, row) / corner
-                dense[:-1, :-1].diagonal().copy_(m[:-1] ** 2 + 0.3 * (m[:-1] ** 2).mean())
+                dense[:-1, :-1].diagonal().copy_(m[:-1] ** 2 + 0.3 * (mean[:, :-1] ** 2).mean())
                 dense[-1, :-1] = dense[:-1, -1] = row
                 dense[-1, -1] = corner
                 blocks.append(dense)

@@ -188,11 +188,11 @@ def dense_metric(
     if module.bias is None:
         on_diagonal = past.diagonal(dim1=1, dim2=2).flatten()
         return past, torch.diag(on_diagonal + 0.04 * on_diagonal.mean())
-    blocks = []
+    blocks, diagonals = [], past.diagonal(dim1=1, dim2=2)
     for block in past:
-        row, corner, diagonal = block[:-1, -1], block[-1, -1] * 1.04, block.diagonal()[:-1]
+        row, corner, diagonal = block[:-1, -1], block[-1, -1] + 0.04 * diagonals[:, -1].mean(), block.diagonal()[:-1]
         inner = torch.outer(row, row) / corner
-        inner.diagonal().copy_(diagonal + 0.04 * diagonal.mean())
+        inner.diagonal().copy_(diagonal + 0.04 * diagonals[:, :-1].mean())
         blocks.append(torch.cat([torch.cat([inner, row[:, None]], 1), torch.cat([row, corner[None]])[None]]))
     return past, torch.block_diag(*blocks)
 
@@ -577,4 +577,41 @@ def test_functions_of_the_step_are_asked():
 )
 def test_bad_settings(kwargs, error, message):
     with pytest.raises(error, match=message):
-        BlockNaturalGradient(nn.Linear(2, 2), **kwargs)
+        BlockNaturalGradient(nn.Linear(2, 2), 0.01, **kwargs)
+
+
+def test_without_a_rate_it_is_the_one_that_was_measured():
+    model = nn.Linear(2, 2)
+    for metric, block, lr, damping in (
+        ("kronecker", "layer", 0.03, 1.0),
+        ("kronecker", "unit", 0.003, 1.0),
+        ("whitening", "unit", 0.03, 0.01),
+        ("quasi_diagonal", "unit", 0.0003, 1.0),
+        ("diagonal", "layer", 0.001, 0.1),
+    ):
+        (group,) = BlockNaturalGradient(model, None, metric, block).param_groups
+        assert (group["lr"], group["damping"]) == (lr, damping)
+    for build in (BlockNaturalGradient.rmsprop, BlockNaturalGradient.normalized_sgd, BlockNaturalGradient.trpo,
+                  BlockNaturalGradient.kfac):  # fmt: skip
+        named = build(model)
+        (group,) = BlockNaturalGradient(model, None, named.metric, named.block).param_groups
+        assert named.param_groups[0]["lr"] == group["lr"]
+    with pytest.raises(ValueError, match=r"lr=None with metric='exact'.*need a number.*try 0.003"):
+        BlockNaturalGradient(model, metric="exact")
+    with pytest.raises(ValueError, match=r"measured are 0.03 for 'unit', 0.1 for 'layer'"):
+        BlockNaturalGradient(model, metric="whitening", block="network")
+    with pytest.raises(TypeError, match=r"lr=None \(group 0\).*need a number"):
+        BlockNaturalGradient([{"params": model.parameters(), "lr": None}], metric="kronecker", model=model)
+
+
+@pytest.mark.parametrize("metric", ["quasi_diagonal", "fisher_quasi_diagonal"])
+def test_a_unit_that_is_nearly_silent_hardly_moves(metric):
+    """Damping is a share of the layer's mean: else every unit moves by the same length, however small its gradients."""
+    model = nn.Linear(3, 2).to(F64)
+    x, before = torch.randn(8, 3, dtype=F64), copy.deepcopy(model)
+    optimizer = BlockNaturalGradient(model, 0.01, metric, "unit", norm_decay=0.9, decay=0.9)
+    for quiet in (1.0, 1e-4):
+        before = copy.deepcopy(model)
+        train(model, optimizer, [x], lambda y, q=quiet: (y * torch.tensor([1.0, q], dtype=F64)).square().mean())
+    loud, silent = (model.weight - before.weight).norm(dim=1)
+    assert 0 < silent < 1e-4 * loud

@@ -57,7 +57,7 @@ def dense_metric(metric: str, module: nn.Linear, x: Tensor, g: Tensor, damping: 
         factors[1] = torch.diag(factors[1].diagonal()) if metric.endswith("diagonal") else factors[1]
         damped = [f + floor(f.diagonal(), damping**0.5) * torch.eye(len(f), dtype=F64) for f in factors]
         return torch.kron(damped[1], damped[0])
-    blocks = []
+    blocks, squares = [], (mean if metric == "quasi_diagonal" else rows).square().reshape(-1, m, q).mean(0)
     for j in range(m):
         if metric.endswith("whitening"):
             mu, v = x.mean(0), x.var(0, unbiased=False)
@@ -71,9 +71,10 @@ def dense_metric(metric: str, module: nn.Linear, x: Tensor, g: Tensor, damping: 
             blocks.append(block)
             continue
         second = torch.outer(mean[j], mean[j]) if metric == "quasi_diagonal" else rows[:, j].T @ rows[:, j] / len(rows)
-        row, corner, diagonal = second[:-1, -1], second[-1, -1] * (1 + damping), second.diagonal()[:-1]
+        row, diagonal = second[:-1, -1], second.diagonal()[:-1]
+        corner = second[-1, -1] + floor(squares[:, -1], damping)
         inner = torch.outer(row, row) / corner
-        inner.diagonal().copy_(diagonal + floor(diagonal, damping))
+        inner.diagonal().copy_(diagonal + floor(squares[:, :-1], damping))
         blocks.append(torch.cat([torch.cat([inner, row[:, None]], 1), torch.cat([row, corner[None]])[None]]))
     return torch.block_diag(*blocks)
 

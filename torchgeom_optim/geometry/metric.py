@@ -320,10 +320,11 @@ class QuasiDiagonalMetric(LayerMetric):
     def damped(
         cls, weight_diagonal: Tensor, bias_row: Tensor, bias_diagonal: Tensor, damping: float, zero: float = 0.0
     ) -> QuasiDiagonalMetric:
-        """A_ii + damping * mean_i(A_ii) and A_00 (1 + damping) in the place of A_ii and A_00, then eliminated.
+        """A_ii + damping * mean(A_ii) and A_00 + damping * mean(A_00), means over the layer, then the bias eliminated.
 
-        Source: Ollivier adds a constant to the diagonal; ours is a share of the unit's own mean, and by the
-        Cauchy-Schwarz inequality leaves q_i >= damping * mean_i(A_ii) for averages of products.
+        Source: Ollivier adds a constant to the diagonal; ours is a share of the layer's mean, and by the
+        Cauchy-Schwarz inequality leaves q_i >= damping * mean(A_ii) for averages of products. (A share of the unit's
+        own mean lets a unit that is silent in most batches step as far as others: training diverged.)
 
         Args:
             weight_diagonal: A_ii of every unit, shape [m, n, *kernel].
@@ -335,10 +336,9 @@ class QuasiDiagonalMetric(LayerMetric):
         Returns:
             The damped metric.
         """
-        axes = tuple(range(1, weight_diagonal.dim()))
-        corner = _or(bias_diagonal * (1 + damping), zero)
+        corner = _or(bias_diagonal + bias_diagonal.mean() * damping, zero)
         mean = bias_row / _beside(corner, bias_row)
-        floor = _or(weight_diagonal.mean(axes, keepdim=True) * damping, zero if damping else 0.0)
+        floor = _or(weight_diagonal.mean() * damping, zero if damping else 0.0)
         spread = (weight_diagonal + floor).addcmul_(mean, bias_row, value=-1)
         return cls(corner, mean, spread if damping else _or(spread, zero))
 
