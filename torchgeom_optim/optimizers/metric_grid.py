@@ -64,7 +64,7 @@ _RATES: dict[tuple[str, str], float] = {
     ("fisher_quasi_diagonal", "unit"): 0.003,
     ("whitening", "unit"): 0.03,
     ("whitening", "layer"): 0.1,
-    ("scale_free_whitening", "unit"): 0.03,
+    ("scale_free_whitening", "unit"): 0.01,
     ("kronecker", "layer"): 0.03,
     ("kronecker", "network"): 0.03,
     ("kronecker_diagonal", "unit"): 0.003,

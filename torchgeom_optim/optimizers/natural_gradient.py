@@ -129,7 +129,7 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
             ``rule="sgd"`` for plain SGD.
         lr: eta, the length of the step in the metric, a number or a tensor of one element, in [0, inf). None takes what
             suited three small networks over 100 steps, decaying linearly to 0: "kronecker" 0.03 (units 0.003),
-            "whitening" 0.03 (layers 0.1), "scale_free_whitening" 0.03, "fisher_diagonal" by layers and
+            "whitening" 0.03 (layers 0.1), "scale_free_whitening" 0.01, "fisher_diagonal" by layers and
             "fisher_quasi_diagonal" 0.003, "diagonal" by layers 0.001, "quasi_diagonal" 0.0003, "identity" by weights
             0.001, else 1; other pairs of metric and block need a number.
         metric: see above; the same for all groups.
