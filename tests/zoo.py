@@ -329,6 +329,74 @@ def parametrized() -> nn.Module:
     return nn.Sequential(first, nn.Tanh(), second, nn.Tanh(), nn.Linear(6, NUM_OUTPUTS))
 
 
+class GPTBlock(nn.Module):
+    """Token and position embeddings, one pre-norm block with causal attention, and a decoder tied to the tokens."""
+
+    def __init__(self, width: int = 4, num_positions: int = 5) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(NUM_OUTPUTS, width)
+        self.positions = nn.Embedding(num_positions, width)
+        self.norm1, self.norm2, self.norm = nn.LayerNorm(width), nn.LayerNorm(width), nn.LayerNorm(width)
+        self.query_key_value = nn.Linear(width, 3 * width)
+        self.project = nn.Linear(width, width)
+        self.feed = nn.Sequential(nn.Linear(width, 6), nn.GELU(approximate="tanh"), nn.Linear(6, width))
+        self.decoder = nn.Linear(width, NUM_OUTPUTS, bias=False)
+        self.decoder.weight = self.tokens.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.tokens(tokens) + self.positions(torch.arange(tokens.shape[1], device=tokens.device))
+        x = x + self.project(attention(self.query_key_value(self.norm1(x)), num_heads=2, is_causal=True))
+        x = x + self.feed(self.norm2(x))
+        return self.decoder(self.norm(x)).mean(1)
+
+
+class VisionTransformer(nn.Module):
+    """Patches, a class token and positions that are bare parameters, and one pre-norm block."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(1, width, 2, stride=2)
+        self.class_token = nn.Parameter(torch.randn(1, 1, width))
+        self.positions = nn.Parameter(torch.randn(1, 5, width))
+        self.norm1, self.norm2, self.norm = (nn.LayerNorm(width, eps=1e-6) for _ in range(3))
+        self.query_key_value = nn.Linear(width, 3 * width)
+        self.project = nn.Linear(width, width)
+        self.feed = nn.Sequential(nn.Linear(width, 6), nn.GELU(), nn.Linear(6, width))
+        self.head = nn.Linear(width, NUM_OUTPUTS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.class_token.expand(len(x), -1, -1), x], 1) + self.positions
+        x = x + self.project(attention(self.query_key_value(self.norm1(x)), num_heads=2, is_causal=False))
+        x = x + self.feed(self.norm2(x))
+        return self.head(self.norm(x[:, 0]))
+
+
+class ConvNeXtBlock(nn.Module):
+    """A stem of patches, a depthwise convolution, a norm and linear layers over channels, and a layer scale."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(2, width, 2, stride=2)
+        self.depthwise = nn.Conv2d(width, width, 3, padding=1, groups=width)
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.widen, self.narrow = nn.Linear(width, 8), nn.Linear(8, width)
+        self.scale = nn.Parameter(torch.full((width,), 0.5))
+        self.head = nn.Linear(width, NUM_OUTPUTS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
+        y = self.scale * self.narrow(F.gelu(self.widen(y)))
+        return self.head((x + y.permute(0, 3, 1, 2)).mean((2, 3)))
+
+
+def attention(query_key_value: Tensor, num_heads: int, is_causal: bool) -> Tensor:
+    """Of packed projections [N, T, 3 width]: [N, T, width]."""
+    q, k, v = query_key_value.unflatten(2, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal).transpose(1, 2).flatten(2)
+
+
 def rule(name: str, build: Callable[[], nn.Module], *sample_shape: int, num_tokens: int | None = None) -> Case:
     """A case all of whose parameters have a layer rule."""
     return Case(name, build, sample_shape, num_tokens, by_rule=True)
@@ -356,4 +424,7 @@ ZOO = [
     Case("bare_parameter", BareParameter, (5,)),
     Case("overridden_forward", overridden_forward, (5,)),
     Case("parametrized", parametrized, (5,)),
+    Case("gpt_block", GPTBlock, (5,), num_tokens=NUM_OUTPUTS),
+    Case("vision_transformer", VisionTransformer, (1, 4, 4)),
+    Case("convnext_block", ConvNeXtBlock, (2, 6, 6)),
 ]
