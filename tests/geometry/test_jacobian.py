@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from tests.oracles import jacobian as oracle
 from tests.oracles import tolerance
 from tests.zoo import ZOO, Case
+from torchgeom_optim.geometry import factors
 from torchgeom_optim.geometry.capture import Capture
 from torchgeom_optim.geometry.jacobian import Jacobian, JacobianMemoryError
 from torchgeom_optim.geometry.jacobian_gram import sphere_basis
@@ -362,6 +363,16 @@ def test_padding_tokens_that_the_first_samples_do_not_show() -> None:
     J = Jacobian(model, tokens)
     v = torch.randn(J.shape[1]).double()
     torch.testing.assert_close(J @ v, J.dense() @ v, **CLOSE)
+
+
+def test_factors_are_checked_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Conv2d(4, 6, 2, groups=2), nn.Flatten(), nn.Linear(24, 3)).double()
+    x = torch.randn(4, 4, 3, 3).double()
+    whole = Jacobian(model, x).gram()
+    monkeypatch.setattr(factors, "WORKSPACE_BYTES", 1)
+    J = Jacobian(model, x)
+    torch.testing.assert_close(J.gram(), whole, **CLOSE)
+    assert J.ways["gram"] == "layers' factors for 4 of 4 parameters"
 
 
 def test_ways_are_told() -> None:

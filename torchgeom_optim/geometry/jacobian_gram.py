@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from torchgeom_optim.geometry.capture import Capture
-from torchgeom_optim.geometry.factors import Factor, OuterFactor, RowFactor, TokenFactor, inner_products
+from torchgeom_optim.geometry.factors import Factor, OuterFactor, RowFactor, TokenFactor, inner_products, pieces
 from torchgeom_optim.geometry.jacobian_routes import Function, Switches, Weights, batched_gradients, rows_match
 from torchgeom_optim.geometry.layer_calls import LayerCalls
 from torchgeom_optim.geometry.layers import rule_for
@@ -113,15 +113,20 @@ def factors_agree(uses: Uses, gradients: Weights, weights: Tensor) -> list[str]:
     Returns:
         Their names.
     """
-    names = []
-    for name, factors in uses.items():
-        if any(factor.num_samples != len(weights) for factor in factors):
-            continue
-        rows = sum_of_rows(factors)
+    return [name for name, factors in uses.items() if _add_up(factors, gradients[name].reshape(-1), weights)]
+
+
+def _add_up(factors: list[Factor], gradient: Tensor, weights: Tensor) -> bool:
+    """A few units at a time: the rows of a wide layer are many times as large as the layer."""
+    if any(factor.num_samples != len(weights) for factor in factors):
+        return False
+    unit_numel, step = factors[0].unit_numel, math.lcm(*(factor.unit_step for factor in factors))
+    for start, stop in pieces(factors[0].num_units, weights.numel() * unit_numel * 8, step):
+        rows = sum_of_rows(factors, start, stop)
         combined = torch.tensordot(weights.to(rows.dtype), rows, 2)
-        if rows_match(combined, gradients[name].reshape(-1), rows):
-            names.append(name)
-    return names
+        if not rows_match(combined, gradient[start * unit_numel : stop * unit_numel], rows):
+            return False
+    return True
 
 
 def sum_of_rows(factors: Iterable[Factor], start: int = 0, stop: int | None = None) -> Tensor:
