@@ -45,6 +45,7 @@ def reduce_model(
     test_targets: Tensor | None = None,
     basis: BasisName = "kronecker",
     importance: ImportanceName = "loss",
+    compensate: int = 0,
     **options: Any,
 ) -> ReducedModel:
     """A trained network in its ``num_directions`` most important directions, in one shot.
@@ -63,6 +64,8 @@ def reduce_model(
         test_targets: labels beside it.
         basis: see :mod:`torchgeom_optim.models.reduction_basis`.
         importance: "loss", lam c^2 / 2; "eigenvalue", lam; "magnitude", c^2.
+        compensate: least-squares steps in which the kept coefficients make up for what was dropped, without labels and
+            without training; 2 are a common start. See :mod:`torchgeom_optim.models.reduction_compensation`.
         **options: as for :func:`decompose`.
 
     Returns:
@@ -79,7 +82,8 @@ def reduce_model(
     """
     most = num_directions if basis == "exact" and importance == "eigenvalue" else None
     decomposition = decompose(model, data, targets, basis=basis, importance=importance, max_directions=most, **options)
-    return decomposition.reduced(num_directions, test_data, test_targets)
+    passes = {key: options[key] for key in ("batch_size", "memory_limit") if key in options}
+    return decomposition.reduced(num_directions, test_data, test_targets, compensate=compensate, **passes)
 
 
 def decompose(

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchgeom_optim.geometry.mini_batches import MiniBatch
 from torchgeom_optim.models.reduced_model import ReducedModel
 from torchgeom_optim.models.reduction_basis import Directions
+from torchgeom_optim.models.reduction_compensation import compensate as compensated
 from torchgeom_optim.models.reduction_files import stored_bytes
 from torchgeom_optim.models.reduction_report import (
     CurvePoint,
@@ -72,7 +73,14 @@ class Decomposition:
         return replace(self, importance=importance, ranked=ranking.argsort(descending=True, stable=True))
 
     def reduced(
-        self, num_directions: int | float, data: Any = None, targets: Tensor | None = None, *, measure: bool = True
+        self,
+        num_directions: int | float,
+        data: Any = None,
+        targets: Tensor | None = None,
+        *,
+        compensate: int = 0,
+        measure: bool = True,
+        **jacobian_options: Any,
     ) -> ReducedModel:
         """The network with its k most important directions.
 
@@ -80,7 +88,10 @@ class Decomposition:
             num_directions: k, or a share of P in (0, 1].
             data: what the report compares predictions on; by default the samples of the calibration.
             targets: labels beside it.
+            compensate: Gauss-Newton steps in which the kept coefficients make up for the others, on the samples of the
+                calibration: see :func:`~torchgeom_optim.models.reduction_compensation.compensate`.
             measure: whether to take a report at all.
+            **jacobian_options: ``batch_size`` and ``memory_limit``, for ``compensate``.
 
         Returns:
             The reduced network, with its ``report``.
@@ -91,6 +102,11 @@ class Decomposition:
         k = number_of(num_directions, self.directions, self.samples.size)
         positions = self.ranked[:k].sort().values
         reduced = ReducedModel(self.model, self.directions, positions, self.coordinates[positions], self.center)
+        if compensate:
+            compensated(
+                reduced, self.model, self.samples, rounds=compensate,
+                metric=self.metric, select=self.select, class_dim=self.class_dim, **jacobian_options,
+            )  # fmt: skip
         return self.measured(reduced, data, targets) if measure else reduced
 
     def measured(self, reduced: ReducedModel, data: Any = None, targets: Tensor | None = None) -> ReducedModel:
