@@ -1,13 +1,10 @@
-"""What the processes of test_distributed.py do: each scenario in turn, its result under its name in a file per rank."""
+"""What the processes of test_distributed.py do: each scenario in turn."""
 
 from __future__ import annotations
 
 import copy
 import os
-import traceback
 from collections.abc import Callable, Iterable
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +14,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.cases import OPTIMIZER_CASES, OptimizerCase, mean_loss, small_batches, small_net, tensors_of, train
+from tests.processes import WORLD_SIZE
 
-WORLD_SIZE = 2
 NUM_STEPS = 3
 CASES = {case.name: case for case in OPTIMIZER_CASES}
 Parallel = Callable[[nn.Module], nn.Module]
@@ -280,22 +277,3 @@ FSDP_CASES = (
 )
 MEASURE_ON_A_FEW = ("trust_region", "trust_region_lr")
 BRANCH_CASES = ("trust_region", "whitening", "second_order", "natural_kronecker", "natural_kronecker_unit")
-
-
-def run(rank: int, folder: str) -> None:
-    """One process."""
-    torch.set_num_threads(1)
-    store = distributed.FileStore(f"{folder}/store", WORLD_SIZE)
-    distributed.init_process_group(
-        "gloo", store=store, rank=rank, world_size=WORLD_SIZE, timeout=timedelta(seconds=300)
-    )
-    results: dict[str, Any] = {}
-    for name, scenario in scenarios():
-        if name == "death":
-            torch.save(results, Path(folder) / f"{rank}.pt")
-        torch.manual_seed(0)
-        try:
-            results[name] = scenario()
-        except Exception:
-            results[name] = traceback.format_exc()
-    torch.save(results, Path(folder) / f"{rank}.pt")

@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from tests.cases import OptimizerCase, train
 from tests.optimizers import ranks
 from tests.oracles import tolerance
+from tests.processes import needs_processes, results_of
 from torchgeom_optim.optimizers.distributed import Ranks
 
-pytestmark = pytest.mark.skipif(
-    not (distributed.is_available() and distributed.is_gloo_available()), reason="torch was built without gloo"
-)
+pytestmark = needs_processes
 parallel = pytest.mark.parametrize("kind", ranks.PARALLEL)
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> list[dict[str, Any]]:
-    """Of every scenario, by rank. One pair of processes goes through them all, since starting it takes the longest."""
-    folder = tmp_path_factory.mktemp("ranks")
-    # Forked processes have torch imported already, as those of a DataLoader; CUDA does not survive a fork.
-    how = "fork" if sys.platform == "linux" and not torch.cuda.is_available() else "spawn"
-    torch.multiprocessing.start_processes(ranks.run, (str(folder),), nprocs=ranks.WORLD_SIZE, start_method=how)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks.WORLD_SIZE)]
+    return results_of(ranks.scenarios, tmp_path_factory.mktemp("ranks"))
 
 
 def alone(
