@@ -34,7 +34,7 @@ ARROWS = {
     "torchgeom_optim.models": CORE | {"torchgeom_optim.geometry", "torchgeom_optim._optional"},
     "torchgeom_optim": {"torchgeom_optim.geometry", "torchgeom_optim.optimizers"},
     # An example imports what its reader would; what it takes is in the extras.
-    "examples": CORE | {"torchgeom_optim", "lightning", "torchvision", "tqdm", "transformers"},
+    "examples": CORE | {"torchgeom_optim", "lightning", "sklearn", "torchvision", "tqdm", "transformers"},
     "benchmarks": None,  # stands above all but the tests
 }
 
