@@ -12,9 +12,23 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 
 
-def test_there_is_an_example_of_fifteen_lines_or_so():
-    assert BLOCKS
-    assert len(BLOCKS[0].splitlines()) <= 18
+def test_it_is_short_and_shows_four_uses():
+    assert len(README.splitlines()) < 150
+    assert [int(number) for number in re.findall(r"^\*\*(\d)\. ", README, re.MULTILINE)] == [1, 2, 3, 4]
+    assert len(BLOCKS) == 4
+    assert all(len(block.splitlines()) <= 15 for block in BLOCKS)
+
+
+def test_its_picture_is_there_and_small():
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", README)
+    assert pictures == ["docs/overview.svg"]
+    assert (ROOT / pictures[0]).stat().st_size < 60_000
+
+
+def test_links_lead_somewhere():
+    links = re.findall(r"\]\(((?!http)[^)]*)\)", README)
+    assert len(links) > 3
+    assert [link for link in links if not (ROOT / link).exists()] == []
 
 
 def test_python_blocks_run(tmp_path):
@@ -48,3 +62,4 @@ def test_version_is_the_one_of_the_changelog():
     assert f"\n## [{version[1]}]" in changelog
     assert "\n## [Unreleased]\n" in changelog
     assert f"Version {version[1]}" in README
+    assert f"\nversion: {version[1]}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
