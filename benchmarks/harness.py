@@ -14,6 +14,7 @@ Measuring and drawing are separate: a benchmark writes numbers, and whoever draw
 from __future__ import annotations
 
 import argparse
+import copy
 import datetime
 import gc
 import itertools
@@ -34,6 +35,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 __all__ = [
     "benchmark_parser",
@@ -44,6 +46,7 @@ __all__ = [
     "start",
     "time_interleaved",
     "timing_rows",
+    "training_step",
     "write_result",
 ]
 
@@ -193,6 +196,30 @@ def extra_memory(prepare: Callable[[], Prepared], work: Callable[[Prepared], obj
         return math.nan
     finally:
         process.join()
+
+
+def training_step(
+    network: nn.Module, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]
+) -> Callable[[tuple[Tensor, Tensor]], None]:
+    """One step of training on a batch of inputs and labels, as a candidate of :func:`time_interleaved`.
+
+    Args:
+        network: copied, so that every candidate starts with the same weights.
+        make_optimizer: is given the copy.
+
+    Returns:
+        A function of the batch: zero_grad, forward pass, cross entropy, backward pass, step.
+    """
+    model = copy.deepcopy(network)
+    optimizer = make_optimizer(model)
+
+    def step(batch: tuple[Tensor, Tensor]) -> None:
+        inputs, labels = batch
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(inputs), labels).backward()
+        optimizer.step()
+
+    return step
 
 
 def quartiles(values: Sequence[float] | np.ndarray) -> dict[str, float]:

@@ -12,7 +12,6 @@ and unit metrics at most 1.25. Peers are measured where they are installed (``pi
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import benchmark_parser, start, time_interleaved, timing_rows, write_result
+from benchmarks.harness import benchmark_parser, start, time_interleaved, timing_rows, training_step, write_result
 from torchgeom_optim.models.reference import lenet, mlp_wide
 from torchgeom_optim.optimizers import BlockNaturalGradient
 
@@ -48,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
         steps, failed = {}, {}
         for key, make in optimizers.items():
             try:
-                steps[key] = _step(copy.deepcopy(model), make)
+                steps[key] = training_step(model, make)
                 for number in range(2):
                     steps[key](_batch(number, batch, shape))
             except Exception as error:  # a peer that does not run here is part of the answer
@@ -137,18 +136,6 @@ def _without_products(model: nn.Module) -> nn.Module:
     for p in model.parameters():
         p.register_hook(lambda grad: grad.clone())
     return model
-
-
-def _step(model: nn.Module, make_optimizer: Optimizer) -> Callable[[tuple[Tensor, Tensor]], None]:
-    optimizer = make_optimizer(model)
-
-    def step(batch: tuple[Tensor, Tensor]) -> None:
-        x, y = batch
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), y).backward()
-        optimizer.step()
-
-    return step
 
 
 def _batch(number: int, size: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:

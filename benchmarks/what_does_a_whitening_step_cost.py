@@ -8,13 +8,10 @@ resnet18 has batch norms of its own: it is measured with them, and without them 
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import benchmark_parser, start, time_interleaved, timing_rows, write_result
+from benchmarks.harness import benchmark_parser, start, time_interleaved, timing_rows, training_step, write_result
 from torchgeom_optim import WhiteningSGD, fold_batch_norm
 from torchgeom_optim.models.reference import lenet, resnet18, vgg_small
 
@@ -38,15 +35,15 @@ def main(argv: list[str] | None = None) -> None:
     for name, batch, plain, normalized in cases:
         torch.manual_seed(0)
         candidates = {
-            "SGD": _step(plain, _sgd),
-            "WhiteningSGD, rule whitening": _step(
+            "SGD": training_step(plain, _sgd),
+            "WhiteningSGD, rule whitening": training_step(
                 plain, lambda m: WhiteningSGD(m, LR, momentum=MOMENTUM, rule="whitening")
             ),
-            "WhiteningSGD": _step(plain, lambda m: WhiteningSGD(m, trust_radius=0.1, momentum=MOMENTUM)),
-            "Adam": _step(plain, lambda m: torch.optim.Adam(m.parameters(), 1e-4)),
+            "WhiteningSGD": training_step(plain, lambda m: WhiteningSGD(m, trust_radius=0.1, momentum=MOMENTUM)),
+            "Adam": training_step(plain, lambda m: torch.optim.Adam(m.parameters(), 1e-4)),
         }
         if normalized is not None:
-            candidates["batch norm, SGD"] = _step(normalized, _sgd)
+            candidates["batch norm, SGD"] = training_step(normalized, _sgd)
         timing = time_interleaved(
             candidates,
             baseline="SGD",
@@ -65,21 +62,6 @@ def _sgd(model: nn.Module) -> torch.optim.Optimizer:
 def _without_norm(model: nn.Module) -> nn.Module:
     fold_batch_norm(model)
     return model
-
-
-def _step(
-    network: nn.Module, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]
-) -> Callable[[tuple[Tensor, Tensor]], None]:
-    model = copy.deepcopy(network)
-    optimizer = make_optimizer(model)
-
-    def step(batch: tuple[Tensor, Tensor]) -> None:
-        x, y = batch
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), y).backward()
-        optimizer.step()
-
-    return step
 
 
 def _batch(number: int, size: int) -> tuple[Tensor, Tensor]:
