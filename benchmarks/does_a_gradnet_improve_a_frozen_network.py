@@ -11,11 +11,11 @@ Batches of 50; CIFAR-10 with random flips, MNIST with random shifts by up to one
 is trained by Adam with a linearly falling rate, but for the paper's method (SGD). A snapshot is taken when the base
 reaches its accuracy on all test images: a rule for how far it is trained, nothing else is chosen on test images. A base
 that ends less than a point below counts, as the table shows; what is farther off has the row "base not reached". The
-paper's method is scored on every fourth test image, since it predicts some 30 times as slowly as the base. Seconds are
-processor seconds of one thread; equal seconds are set from steps timed side by side, channels innermost for all.
+paper's method is scored on every fourth test image, since it predicts dozens of times as slowly as the base. Seconds
+are processor seconds of one thread; equal seconds are set from steps timed side by side, channels innermost for all.
 
-The runs come in the order of PLAN: one seed of everything first. The result is written after every run, and a second
-start goes on where the first was stopped.
+The runs come in the order of PLAN, one seed of every case first; how many seeds a row has stands in it. The result is
+written after every run, and a second start goes on where the first was stopped.
 """
 
 from __future__ import annotations
@@ -67,12 +67,17 @@ LATE_EPOCHS = {"mnist": 12, "cifar10": 8}  # of the base beyond the accuracies o
 GATED, EQUAL_EPOCHS, EQUAL_SECONDS = "gated", "continued, equal epochs", "continued, equal seconds"
 HEADS = ("linear head", "MLP head")
 METHODS = (GATED, EQUAL_EPOCHS, EQUAL_SECONDS, *HEADS, "linearised", "paper")
+OTHERS = tuple(name for name in CASES if name not in ASKED)
+# Seeds, cases, methods: what is missing when the time is over is what is missed least.
 PLAN: tuple[tuple[tuple[int, ...], tuple[str, ...], tuple[str, ...]], ...] = (
-    ((0,), tuple(CASES), (GATED, EQUAL_EPOCHS, *HEADS, EQUAL_SECONDS)),
-    ((0,), ASKED, ("linearised", "paper")),
+    ((0,), ASKED, (GATED, EQUAL_EPOCHS, *HEADS)),
+    ((0,), ASKED, (EQUAL_SECONDS, "linearised")),
+    ((0,), OTHERS, (GATED, EQUAL_EPOCHS)),
+    ((0,), ASKED, ("paper",)),
     ((1, 2, 3, 4), ASKED, (GATED,)),
-    ((1, 2, 3, 4), ASKED, (EQUAL_EPOCHS, HEADS[1], EQUAL_SECONDS, HEADS[0])),
-    ((0,), ("MNIST .9894", "CIFAR-10 (JPEG) .62"), ("linearised", "paper")),
+    ((0,), OTHERS, (*HEADS, EQUAL_SECONDS)),
+    ((1, 2, 3, 4), ASKED, (EQUAL_EPOCHS, *HEADS, EQUAL_SECONDS)),
+    ((0,), OTHERS, ("linearised", "paper")),
     ((1, 2, 3, 4), ASKED, ("linearised", "paper")),
 )
 
@@ -86,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     options = start(parser, argv)
     result = _Result(options)
     benches: dict[tuple[str, int], _Bench] = {}
-    for seeds, cases, methods in PLAN[:2] if options.smoke else PLAN:
+    for seeds, cases, methods in PLAN[:4] if options.smoke else PLAN:
         for seed in seeds:
             for name in (case for case in cases if case in options.cases):
                 data = CASES[name].data
@@ -242,7 +247,7 @@ class _Bench:
             if place == early:  # the rest is farther than a constant rate leads
                 loader = Loader(x, y, self.seed, **self.distortions)
                 steps = LATE_EPOCHS[self.name] * len(loader)
-                course = _steps(model, loader, steps, torch.optim.Adam(model.parameters(), 1e-3, fused=True))
+                course = _steps(model, loader, steps, torch.optim.Adam(model.parameters(), 1e-3, fused=True), stop=100)
             while not (self.smoke or self._reaches(model, level)):
                 if next(course, None) is None:
                     break
@@ -305,9 +310,15 @@ def _train(model: nn.Module, loader: Loader, steps: int, trained: nn.Module) -> 
 
 
 def _steps(
-    model: nn.Module, loader: Loader, steps: int, optimizer: torch.optim.Optimizer, falling: bool = True
+    model: nn.Module,
+    loader: Loader,
+    steps: int,
+    optimizer: torch.optim.Optimizer,
+    *,
+    falling: bool = True,
+    stop: int = 25,
 ) -> Iterator[int]:
-    """Train, stopping by every 25 steps."""
+    """Train, the rate falling to 0 or not, with a stop every few steps."""
     rate = optimizer.param_groups[0]["lr"]
     done = 0
     while done < steps:
@@ -319,7 +330,7 @@ def _steps(
             F.cross_entropy(model(_channels_last(x)), y).backward()
             optimizer.step()
             done += 1
-            if done % 25 == 0:
+            if done % stop == 0:
                 yield done
 
 

@@ -103,7 +103,7 @@ OURS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
 def main(argv: list[str] | None = None) -> None:
     """Run what is missing and write the result after each group."""
     parser = benchmark_parser(__doc__)
-    parser.add_argument("--images", type=int, default=10000, help="of the other half that are used (default: 10000)")
+    parser.add_argument("--images", type=int, default=6000, help="of the other half that are used (default: 6000)")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--test", type=int, default=1000, help="evenly spaced test images (default: 1000)")
     parser.add_argument("--seeds", type=int, default=2)
