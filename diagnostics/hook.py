@@ -40,7 +40,7 @@ class Diagnostics:
     the metrics concerned are nan; :meth:`measure` raises instead.
 
     - *A step* is a call of the optimizer's, and is measured once: where a GradScaler skips one, the record is of the
-      batch that overflowed.
+      batch that overflowed; of a closure, its first call.
     - *The loss* is the criterion's, or, without a criterion, the one that the model returns. It must be a scalar, and
       the backward pass must go through it; what it is multiplied by on the way (loss scales, 1 / accumulation steps) is
       undone. Under gradient accumulation the first micro-batch of a step is measured.
@@ -259,9 +259,16 @@ class Diagnostics:
         self._optimizer = optimizer
         this = weakref.ref(self)
 
-        def before(*args: object) -> None:
-            if (owner := this()) is not None:
-                owner._before_step()
+        def before(optimizer: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if (owner := this()) is None:
+                return None
+            # A closure's gradients are there once it has been called, first at the weights before the step.
+            if callable(closure := kwargs.get("closure")):
+                return args, {**kwargs, "closure": _Closure(closure, this)}
+            if len(args) > 1 and callable(args[1]):
+                return (args[0], _Closure(args[1], this), *args[2:]), kwargs
+            owner._before_step()
+            return None
 
         def after(*args: object) -> None:
             if (owner := this()) is not None:
@@ -322,6 +329,12 @@ class Diagnostics:
                 "backward pass shows is measured; put what lies between into the model or the criterion"
             )
         scale = math.nan if observed.scale is None else float(observed.scale)
+        if observed.left_out and observed.loss_fn is not None:
+            measurement.note(f"{', '.join(observed.left_out)} left out: the loss is the mean over this batch alone")
+            measurement.loss = float(metrics.gradient(batch, observed.loss_fn).mean_loss())
+            metrics.measure(measurement, batch, observed.loss_fn, gradient_is_known=self._optimizer is not None)
+            self._note_missing_optimizer(measurement)
+            return measurement
 
         def gram(recorder: GramRecorder) -> GramResult:
             if not 0.0 < abs(scale) < math.inf:
@@ -406,6 +419,22 @@ class Diagnostics:
                 self._warned.add(note)
                 warnings.warn(f"diagnostics, step {record.step}: {note}", RuntimeWarning, stacklevel=2)
         return record
+
+
+class _Closure:
+    """What an optimizer is given in place of a closure: the same, and diagnostics are told when it is over."""
+
+    def __init__(self, closure: Callable[[], Any], owner: Callable[[], Diagnostics | None]) -> None:
+        self._closure, self._owner = closure, owner
+        self._is_first = True
+
+    def __call__(self) -> Any:
+        result = self._closure()
+        owner = self._owner()
+        if self._is_first and owner is not None and owner.is_attached:
+            owner._before_step()
+        self._is_first = False
+        return result
 
 
 def _remove(handles: list[RemovableHandle]) -> None:

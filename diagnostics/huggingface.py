@@ -19,10 +19,9 @@ def huggingface_callback(diagnostics: Diagnostics, *, prefix: str = "diagnostics
     and so into ``trainer_state.json``; for other trackers ``diagnostics.history.subscribe(...)``. The trainer tells its
     callbacks nothing of exceptions: after one, ``diagnostics.close()`` is yours to call.
 
-    Newer trainers give the model the number of tokens of all accumulated batches, ``num_items_in_batch``, which belongs
-    to no sample, so that what needs the samples' own losses is not measured; the records' notes say so.
-    ``trainer.model_accepts_loss_kwargs = False`` lets the model average over its own batch instead, which is the same
-    without gradient accumulation.
+    Newer trainers give the model the number of tokens of all accumulated batches, ``num_items_in_batch``. It belongs to
+    no sample: measurements go without it, in passes of their own, and their loss is the mean over the micro-batch. With
+    ``trainer.model_accepts_loss_kwargs = False`` the trainer does so too, and the Gram matrix costs no further pass.
 
     Args:
         diagnostics: not attached yet; if it is, it stays as it is and is left to whoever attached it.

@@ -15,9 +15,7 @@ def lightning_callback(diagnostics: Diagnostics, *, log: bool = True, prefix: st
     """A ``lightning.pytorch.Callback`` that attaches diagnostics while the trainer fits, and closes them after it.
 
     ``Trainer(callbacks=[lightning_callback(Diagnostics(module.network, module.criterion, every=100))])``: the
-    diagnostics look at the network and the criterion that ``training_step`` calls, both modules. Lightning runs forward
-    and backward pass inside ``optimizer.step``, so that ``weight_condition_number_two_step`` has no gradients to
-    compare.
+    diagnostics look at the network and the criterion that ``training_step`` calls, both modules.
 
     Args:
         diagnostics: not attached yet; if it is, it stays as it is and is left to whoever attached it.

@@ -23,6 +23,11 @@ from torchgeom_optim.geometry.per_sample import Batch
 __all__ = ["CriterionCall", "LoopWatch", "ObservedPass", "innermost", "own_loss", "reduction_of"]
 
 
+# Arguments that tell a model of several batches at once, and belong to no sample: in Hugging Face's trainer the sum of
+# the tokens' losses is divided by their number in all batches that are accumulated. Without it models take the mean.
+OF_SEVERAL_BATCHES = frozenset({"num_items_in_batch"})
+
+
 def own_loss(outputs: Any) -> Tensor:
     """The loss that a model returns by itself: ``outputs.loss``, ``outputs["loss"]``, the first of a tuple, or all.
 
@@ -109,6 +114,11 @@ class ObservedPass:
     outputs: list[weakref.ref[Tensor]] = field(default_factory=list)  # weakly: they hold the loop's graph
     is_queued: bool = False
 
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Names of the arguments that :meth:`batch` goes without."""
+        return tuple(name for name in self.kwargs if name in OF_SEVERAL_BATCHES)
+
     def batch(self) -> Batch:
         """Inputs and targets; where some arguments came by position and some by name, all go by name.
 
@@ -118,10 +128,11 @@ class ObservedPass:
         Raises:
             TypeError: they cannot, since the model takes ``*args``.
         """
-        if not (self.args and self.kwargs and self.signature is not None):
-            return Batch.of_call(self.args, self.kwargs, self.targets)
+        kwargs = {name: value for name, value in self.kwargs.items() if name not in OF_SEVERAL_BATCHES}
+        if not (self.args and kwargs and self.signature is not None):
+            return Batch.of_call(self.args, kwargs, self.targets)
         named: dict[str, Any] = {}
-        for name, value in self.signature.bind(*self.args, **self.kwargs).arguments.items():
+        for name, value in self.signature.bind(*self.args, **kwargs).arguments.items():
             kind = self.signature.parameters[name].kind
             if kind is inspect.Parameter.VAR_POSITIONAL:
                 raise TypeError(f"the model takes *{name}: it must be called by position alone, or by name alone.")

@@ -248,6 +248,39 @@ def test_the_two_step_number_and_what_the_optimizer_knows():
         assert record.values["weight_norm"] == pytest.approx(float(w1.norm()), rel=1e-5)
 
 
+@pytest.mark.parametrize("by_name", [False, True])
+def test_closures(by_name):
+    """Optimizers that make the passes themselves: the first call of a closure is at the weights before the step."""
+    records = []
+    for with_closure in (False, True):
+        model, criterion = network().eval(), nn.CrossEntropyLoss()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+        with Diagnostics(model, criterion, every=1, metrics=["free", "default"]).attach(optimizer) as diagnostics:
+            for x, y in batches(3):
+
+                def closure(x=x, y=y, model=model, criterion=criterion, optimizer=optimizer):
+                    optimizer.zero_grad()
+                    loss = criterion(model(x), y)
+                    loss.backward()
+                    return loss
+
+                if not with_closure:
+                    closure()
+                    optimizer.step()
+                else:
+                    loss = optimizer.step(closure=closure) if by_name else optimizer.step(closure)
+                    assert loss.shape == ()
+        records.append([record.values for record in diagnostics.history])
+    torch.testing.assert_close(*records, rtol=0, atol=0, equal_nan=True)
+    lbfgs = torch.optim.LBFGS(model.parameters(), max_iter=4)
+    with Diagnostics(model, criterion, every=1, metrics=["free", "default"]).attach(lbfgs) as diagnostics:
+        for _ in range(2):
+            lbfgs.step(lambda: (lbfgs.zero_grad(), (loss := criterion(model(x), y)).backward(), loss)[-1])
+    assert [record.step for record in diagnostics.history] == [0, 1]
+    assert math.isfinite(diagnostics.history[1].values["weight_condition_number_two_step"])
+
+
 def same_gram_metrics(record, other, rel=1e-4):
     for name, source in METRICS.items():
         if source == "gram" and name in record.values:

@@ -45,13 +45,14 @@ class Sentences(torch.utils.data.Dataset):
         return {"input_ids": tokens, "labels": tokens}
 
 
-def trainer(model: nn.Module, folder, *callbacks):
+def trainer(model: nn.Module, folder, *callbacks, counts_items: bool = False, accumulation: int = 1):
     from transformers import Trainer, TrainingArguments
 
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=4,
         max_steps=5,
+        gradient_accumulation_steps=accumulation,
         report_to=[],
         use_cpu=True,
         disable_tqdm=True,
@@ -60,7 +61,8 @@ def trainer(model: nn.Module, folder, *callbacks):
         lr_scheduler_type="constant",
     )
     made = Trainer(model, arguments, train_dataset=Sentences(), callbacks=list(callbacks))
-    made.model_accepts_loss_kwargs = False  # the model averages over its own batch
+    if not counts_items:
+        made.model_accepts_loss_kwargs = False  # the model averages over its own batch
     return made
 
 
@@ -81,6 +83,33 @@ def test_records_come_and_reach_the_log(tmp_path):
     assert not diagnostics.is_attached
     for one, other in zip(plain.parameters(), watched.parameters(), strict=True):
         assert torch.equal(one, other)  # the training did not feel it
+
+
+def test_the_number_of_items_of_all_micro_batches_is_left_out(tmp_path):
+    """Without accumulation all is as without it; with it, the loss is that of the micro-batch."""
+    records = {}
+    for name, options in (
+        ("without", {}),
+        ("with", {"counts_items": True}),
+        ("accumulated", {"counts_items": True, "accumulation": 2}),
+    ):
+        model = gpt2()
+        diagnostics = Diagnostics(model, every=2, metrics=["default", "free", "weight_condition_number"])
+        trainer(model, tmp_path, huggingface_callback(diagnostics), **options).train()
+        records[name] = list(diagnostics.history)
+    for one, other in zip(records["with"], records["without"], strict=True):
+        assert one.loss == pytest.approx(other.loss, rel=1e-5)
+        of_steps = "weight_condition_number_two_step"  # Adam's first steps go by the signs of gradients near zero
+        assert one.values == pytest.approx({**other.values, of_steps: one.values[of_steps]}, rel=1e-3, nan_ok=True)
+        assert one.values[of_steps] == pytest.approx(other.values[of_steps], rel=0.1, nan_ok=True)
+        assert any("num_items_in_batch left out" in note for note in one.notes)
+    # The same first micro-batch and weights; what the optimizer gets is the mean over two micro-batches.
+    one, other = records["accumulated"][0], records["without"][0]
+    assert one.loss == pytest.approx(other.loss, rel=1e-5)
+    assert one.values["fisher_trace"] == pytest.approx(other.values["fisher_trace"], rel=1e-3)
+    assert all(
+        math.isfinite(record.values["weight_condition_number_two_step"]) for record in records["accumulated"][1:]
+    )
 
 
 def test_what_is_attached_stays(tmp_path):

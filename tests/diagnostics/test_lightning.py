@@ -37,13 +37,43 @@ def module(fail_at: int = -1):
     return Module()
 
 
+def test_two_steps_are_those_that_the_optimizer_takes():
+    """Lightning makes the passes inside ``optimizer.step``, and clips there."""
+    import lightning.pytorch as pl
+
+    model = module()
+    seen = []
+
+    class Seen(pl.Callback):
+        def on_before_zero_grad(self, trainer, pl_module, optimizer):  # after the step before
+            p = model.network
+            if p.weight.grad is not None:
+                seen.append((flat(p.weight, p.bias), flat(p.weight.grad, p.bias.grad)))
+
+    def flat(*tensors):
+        return torch.cat([t.detach().reshape(-1) for t in tensors]).clone()
+
+    start = flat(model.network.weight, model.network.bias)
+    diagnostics = Diagnostics(model.network, model.criterion, every=1, metrics="free")
+    trainer(lightning_callback(diagnostics), Seen(), gradient_clip_val=0.1).fit(model, loader())
+    moved = [start, *(w for w, _ in seen)]  # weights before each step
+    found = diagnostics.history.column("weight_condition_number_two_step")
+    assert math.isnan(found[0])
+    for k in range(1, len(seen)):
+        (_, g0), (_, g1), w0, w1 = seen[k - 1], seen[k], moved[k - 1], moved[k]
+        expected = (g1 - g0).norm() * w0.norm() / ((w1 - w0).norm() * g0.norm())
+        assert found[k] == pytest.approx(float(expected), rel=1e-3)
+        assert diagnostics.history[k].values["gradient_norm"] == pytest.approx(float(g1.norm()), rel=1e-4)
+    assert len(seen) >= 4
+
+
 def loader():
     generator = torch.Generator().manual_seed(1)
     x, y = torch.randn(24, 3, generator=generator), torch.randint(2, (24,), generator=generator)
     return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=4)
 
 
-def trainer(*callbacks, logger=False):
+def trainer(*callbacks, logger=False, **options):
     import lightning.pytorch as pl
 
     return pl.Trainer(
@@ -55,6 +85,7 @@ def trainer(*callbacks, logger=False):
         enable_progress_bar=False,
         enable_model_summary=False,
         log_every_n_steps=1,
+        **options,
     )
 
 
