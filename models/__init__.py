@@ -4,6 +4,7 @@ if __name__ != "torchgeom_optim.models":
     raise ImportError(f"{__name__!r} is not importable by this name; import torchgeom_optim.models instead.")
 
 from torchgeom_optim.models.compaction import Compaction, CompactionError, CompactionReport, ModelCost, compact
+from torchgeom_optim.models.fewer_heads import FewerHeadsAttention
 from torchgeom_optim.models.gated import GatedNetwork
 from torchgeom_optim.models.gradient_graph import GradientGraph, draw_graphs, gradient_graph, gradient_graphs_by_class
 from torchgeom_optim.models.gradient_kernel import GradientKernel
@@ -51,6 +52,7 @@ __all__ = [
     "CompactionReport",
     "CurvePoint",
     "Decomposition",
+    "FewerHeadsAttention",
     "GatedNetwork",
     "GradNet",
     "GradientGraph",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import statistics
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -19,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torchgeom_optim.geometry.private_evaluation import private_evaluation
 from torchgeom_optim.models.channel_flow import ChannelFlow, Layer, is_depthwise
 from torchgeom_optim.models.channel_removal import Removal, plan_removal
+from torchgeom_optim.models.fewer_heads import FewerHeadsAttention, idle_heads, why_heads_must_stay
 from torchgeom_optim.models.traced_graph import trace
 
 __all__ = ["Compaction", "CompactionError", "CompactionReport", "ModelCost", "compact"]
@@ -53,8 +56,8 @@ class CompactionReport:
     Attributes:
         before: cost of the network given.
         after: cost of the one returned.
-        widths: layer -> units before and after, for layers that lost some.
-        kept: layer -> reason -> how many units with constant outputs had to stay for it.
+        widths: layer -> units before and after, for layers that lost some; of attentions, heads.
+        kept: layer -> reason -> how many units with constant outputs, or idle heads, had to stay for it.
         not_followed: submodules whose inside could not be followed, so that nothing in them was removed.
     """
 
@@ -102,9 +105,11 @@ def compact(model: nn.Module, example_inputs: Any, *, latency_rounds: int = 0, s
     inputs. (In training mode dropout and batch statistics treat a constant unit otherwise than a bias.)
 
     Followed are Linear, Conv1d-3d (plain or depthwise), batch norms, elementwise functions, dropout, pooling, means
-    over positions, flatten and reshape, sums, products and concatenations. Units that lead into anything else
-    (attention, layer norm, slicing, a layer used twice, tied weights, a reshape to a fixed size, the network's
-    outputs), and units of a sum that are constant in one term alone, stay and are named in ``report.kept``.
+    over positions, flatten and reshape, sums, products and concatenations. Of an ``nn.MultiheadAttention``, inside of
+    torch's transformer layers too, those heads go whose values are zero or multiplied by zeros alone; what is left is a
+    :class:`~torchgeom_optim.models.fewer_heads.FewerHeadsAttention`. Units that lead into anything else (an attention
+    written with linear layers, layer norm, slicing, a layer used twice, tied weights, a reshape to a fixed size, the
+    network's outputs), and units of a sum that are constant in one term alone, stay and are named in ``report.kept``.
 
     The copy's class and names are the original's, its layers are narrower; it has no gradients, and masks of
     ``torch.nn.utils.prune`` and parametrizations are made permanent in it. Its forward is the original's code: a branch
@@ -146,11 +151,13 @@ def compact(model: nn.Module, example_inputs: Any, *, latency_rounds: int = 0, s
         traced = trace(smaller, _own(args), _own(kwargs))
         flow = ChannelFlow(smaller, traced)
         removal = plan_removal(flow)
-        if strict and removal.kept:
-            name, reasons = next(iter(removal.kept.items()))
+        heads, heads_kept = _heads(smaller)
+        kept = {name: Counter(reasons) for name, reasons in (removal.kept | heads_kept).items()}
+        if strict and kept:
+            name, counts = next(iter(kept.items()))
             raise CompactionError(
-                f"{len(reasons)} units of {name!r} are constant and cannot go: {reasons[0]}. (Layers concerned: "
-                f"{', '.join(removal.kept)}.) Try strict=False, which keeps these."
+                f"{counts.total()} units of {name!r} are constant and cannot go: {next(iter(counts))}. (Layers "
+                f"concerned: {', '.join(kept)}.) Try strict=False, which keeps these."
             )
     widths = {}
     for layer in flow.layers.values():  # outside of the private evaluation, which undoes changes of attributes
@@ -158,11 +165,17 @@ def compact(model: nn.Module, example_inputs: Any, *, latency_rounds: int = 0, s
         rows = ~removal.removed[layer.outputs.ids]
         if not bool(rows.all()):
             widths[layer.name] = (len(rows), int(rows.sum()))
+    for name, stay in heads.items():
+        parent, _, own = name.rpartition(".")
+        attention = smaller.get_submodule(name)
+        assert isinstance(attention, nn.MultiheadAttention)
+        widths[name] = (attention.num_heads, len(stay))
+        setattr(smaller.get_submodule(parent), own, FewerHeadsAttention(attention, stay))
     with private_evaluation(smaller), torch.no_grad():
         _check_same(expected, smaller(*_own(args), **_own(kwargs)))
     costs = _costs((_plain_copy(model), smaller), args, kwargs, latency_rounds)
-    kept = {name: dict(Counter(reasons)) for name, reasons in removal.kept.items()}
-    return Compaction(smaller, CompactionReport(*costs, widths, kept, tuple(sorted(traced.leaves))))
+    reasons = {name: dict(counts) for name, counts in kept.items()}
+    return Compaction(smaller, CompactionReport(*costs, widths, reasons, tuple(sorted(traced.leaves))))
 
 
 def _call_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -198,6 +211,36 @@ def _plain_copy(model: nn.Module) -> nn.Module:
             if isinstance(hook, prune.BasePruningMethod):
                 prune.remove(module, hook._tensor_name)  # type: ignore[no-untyped-call]
     return twin
+
+
+def _heads(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
+    """Which heads stay, of attentions that can lose some; and why idle ones stay, one reason for each."""
+    owners: dict[int, set[int]] = {}
+    for module in model.modules():
+        for part in (module, module.out_proj) if isinstance(module, nn.MultiheadAttention) else (module,):
+            for p in part._parameters.values():
+                owners.setdefault(id(p), set()).add(id(module))
+    stay: dict[str, Tensor] = {}
+    kept: dict[str, list[str]] = {}
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.MultiheadAttention):
+            continue
+        idle = idle_heads(module)
+        # Its output layer is a module of its own, which nothing else calls.
+        others = {id(module), id(module.out_proj)}
+        shared = len(names[id(module)]) > 1 or any(not owners[id(p)] <= others for p in module.parameters())
+        reason = "it is the network itself" if not name else why_heads_must_stay(module, shared)
+        if reason is None and bool(idle.all()):
+            idle[0] = False
+            kept[name] = ["an attention keeps at least one head"]
+        if bool(idle.any()) and reason is None:
+            stay[name] = torch.nonzero(~idle).flatten()
+        elif bool(idle.any()):
+            kept[name] = [reason or ""] * int(idle.sum())
+    return stay, kept
 
 
 def _narrow(layer: Layer, removal: Removal) -> None:
@@ -285,7 +328,7 @@ def _costs(
                 _wait_for(first.device)
                 times.append(time.perf_counter() - start)
         for network, times in zip(networks, seconds, strict=True):
-            with FlopCounterMode(display=False) as counter:
+            with _every_product_seen(), FlopCounterMode(display=False) as counter:
                 network(*_own(args), **_own(kwargs))
             tensors = [*network.parameters(), *network.buffers()]
             costs.append(
@@ -297,6 +340,17 @@ def _costs(
                 )
             )
     return costs[0], costs[1]
+
+
+@contextlib.contextmanager
+def _every_product_seen() -> Iterator[None]:
+    """Without torch's fused attention and encoder layers, inside of which nothing is counted."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def _wait_for(device: torch.device) -> None:
