@@ -48,17 +48,15 @@ def loss_fall(history: History, since: int = 0) -> tuple[float, float]:
     Returns:
         The share, and its standard error as the spread within the thirds has it; nan with too few records to say.
     """
-    losses = [record.loss for record in history if math.isfinite(record.loss)]
-    if len(losses) < ENOUGH_TO_JUDGE:
+    then, now = _thirds(history, since)
+    if not then:
         return math.nan, math.nan
-    third = len(losses) // 3
-    then, now = losses[since * third : (since + 1) * third], losses[-third:]
     start = median(then)
     if not start:
         return 0.0, 0.0
     # From a median absolute deviation of each third, 1.48 of which is a standard deviation, 1.25 that of a median.
     deviations = [median(abs(loss - median(part)) for loss in part) for part in (then, now)]
-    error = 1.48 * 1.25 * math.hypot(*deviations) / math.sqrt(third)
+    error = 1.48 * 1.25 * math.hypot(*deviations) / math.sqrt(len(now))
     return (start - median(now)) / abs(start), error / abs(start)
 
 
@@ -73,7 +71,19 @@ def stopped_falling(history: History, since: int = 1) -> bool:
         False with too few records to say.
     """
     fall, error = loss_fall(history, since)
-    return fall <= max(STALLED_FALL, error)
+    then, now = _thirds(history, since)
+    # Where all late losses lie below all early ones, what spreads within the thirds is the fall itself.
+    chance = 0.0 if then and max(now) < min(then) else error
+    return fall <= max(STALLED_FALL, chance)
+
+
+def _thirds(history: History, since: int) -> tuple[list[float], list[float]]:
+    """The finite losses of an earlier third of the records and of the last one; nothing with too few to judge."""
+    losses = [record.loss for record in history if math.isfinite(record.loss)]
+    if len(losses) < ENOUGH_TO_JUDGE:
+        return [], []
+    third = len(losses) // 3
+    return losses[since * third : (since + 1) * third], losses[-third:]
 
 
 def top_curvature(record: Record) -> float:

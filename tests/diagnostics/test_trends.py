@@ -60,6 +60,13 @@ def test_a_flat_noisy_loss_has_stopped_and_a_falling_one_has_not():
     assert not stopped_falling(history_of([2.0] * 3))  # nobody knows yet
 
 
+def test_a_steep_fall_is_no_chance():
+    losses = [2.3, 0.4, 0.2, 0.1, 0.05, 0.02]  # within its thirds it spreads as far as between them
+    assert not stopped_falling(history_of(losses), since=0)
+    assert stopped_falling(history_of(losses[::-1]), since=0)
+    assert stopped_falling(history_of([2.3, 0.4, 0.2, 0.1, 0.5, 0.02]), since=0)  # one late loss among the early ones
+
+
 def test_curvature_is_measured_or_follows_from_a_condition_number():
     def record(**values):
         return Record(step=0, time_s=0.0, loss=1.0, batch_size=8, values=values, learning_rate=0.5)
