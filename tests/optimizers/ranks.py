@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.cases import OPTIMIZER_CASES, OptimizerCase, mean_loss, small_batches, small_net, tensors_of, train
@@ -90,6 +91,13 @@ def fsdp(model: nn.Module) -> nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
+def by_columns(model: nn.Module) -> nn.Module:
+    """Sharded along the inputs of units where their number can be divided, else along the units."""
+    mesh = init_device_mesh("cpu", (WORLD_SIZE,))
+    place = lambda p: Shard(1 if p.dim() > 1 and p.shape[1] % WORLD_SIZE == 0 else 0)  # noqa: E731
+    return fully_shard(model, mesh=mesh, shard_placement_fn=place)
+
+
 PARALLEL = {"ddp": ddp, "fsdp": fsdp}
 
 
@@ -119,6 +127,29 @@ def tokens(case: OptimizerCase, parallel: Parallel) -> dict[str, Tensor]:
     model = parallel(seeded(TokenNet))
     train(model, case(model), my_part(token_batches()))
     return parameters_of(model)
+
+
+def far_from_zero() -> nn.Module:
+    """Outputs whose mean is ten thousand times their spread, in single precision."""
+    model = nn.Linear(4, 3)
+    with torch.no_grad():
+        model.weight.fill_(0.5)
+        model.bias.fill_(1e4)
+    return model
+
+
+def spreads(case: OptimizerCase, parts: list[Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Of the outputs, as the optimizer saw them in each step."""
+    optimizer, found = case(model), {}
+    for step, x in enumerate(parts):
+        train(model, optimizer, [x], lambda y: (y - 1e4).sin().mean())
+        found[f"step {step}"] = next(iter(optimizer.state.values()))["spread_sq"].clone()
+    return found
+
+
+def far_batches() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randn(8, 4, generator=generator) for _ in range(NUM_STEPS)]
 
 
 def unequal(case: OptimizerCase, parallel: Parallel) -> dict[str, Tensor]:
@@ -259,6 +290,14 @@ def scenarios() -> Iterable[tuple[str, Callable[[], Any]]]:
                     f"{scenario.__name__} {kind} {name}",
                     lambda s=scenario, name=name, parallel=parallel: s(CASES[name], parallel),
                 )
+    for name in COLUMN_CASES:
+        yield f"halves columns {name}", lambda name=name: halves(CASES[name], by_columns)
+    yield "tokens columns", lambda: tokens(CASES["trust_region"], by_columns)
+    for name in FAR_CASES:
+        yield (
+            f"far {name}",
+            lambda name=name: spreads(CASES[name], my_part(far_batches()), DistributedDataParallel(far_from_zero())),
+        )
     for name in BRANCH_CASES:
         yield f"branches {name}", lambda name=name: branches(CASES[name])
     case = CASES["whitening"]
@@ -275,5 +314,7 @@ FSDP_CASES = (
     *("trust_region_lr", "whitening_momentum", "second_order", "fan_in", "sgd"),
     *("natural_kronecker", "natural_whitening", "natural_quasi_diagonal", "natural_rmsprop", "natural_normalized_sgd"),
 )
+COLUMN_CASES = ("trust_region_lr", "second_order", "natural_kronecker", "natural_scale_free_whitening")
+FAR_CASES = ("trust_region", "natural_scale_free_whitening")
 MEASURE_ON_A_FEW = ("trust_region", "trust_region_lr")
 BRANCH_CASES = ("trust_region", "whitening", "second_order", "natural_kronecker", "natural_kronecker_unit")

@@ -61,6 +61,22 @@ def test_a_resumed_run_is_the_same_run_bit_for_bit(case: OptimizerCase, dtype):
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
+@every_case
+def test_loading_between_the_passes_does_not_forget_the_first(case: OptimizerCase):
+    models = [small_net(), small_net()]
+    *earlier, last = small_batches(3)
+    for model, loads in zip(models, (False, True), strict=True):
+        optimizer = case(model)
+        train(model, optimizer, earlier)
+        optimizer.zero_grad()
+        loss = mean_loss(model(last))
+        if loads:
+            optimizer.load_state_dict(saved(optimizer.state_dict()))
+        loss.backward()
+        optimizer.step()
+    assert_same_parameters(*models)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", [case for case in OPTIMIZER_CASES if case.has_statistics], ids=repr)
 def test_statistics_of_coarse_parameters_are_kept_in_float32(case: OptimizerCase, dtype):

@@ -65,6 +65,23 @@ def test_embeddings_tied_weights_and_fewer_rows_than_processes(results, kind, na
         assert_all_are(results, f"tokens {kind} {name}", expected)
 
 
+@pytest.mark.parametrize("name", ranks.COLUMN_CASES)
+def test_weights_may_be_sharded_by_columns(results, name):
+    assert_all_are(results, f"halves columns {name}", alone(ranks.CASES[name]))
+
+
+def test_embeddings_may_be_sharded_by_columns(results):
+    expected = alone(ranks.CASES["trust_region"], lambda: ranks.seeded(ranks.TokenNet), ranks.token_batches)
+    torch.testing.assert_close(assert_all_agree(results, "tokens columns"), expected, rtol=0.05, atol=0.01)
+
+
+@pytest.mark.parametrize("name", ranks.FAR_CASES)
+def test_the_spread_of_outputs_far_from_zero_keeps_its_digits(results, name):
+    """E[y^2] - E[y]^2 would have none left: the squares are 1e8, in single precision."""
+    expected = ranks.spreads(ranks.CASES[name], ranks.far_batches(), ranks.far_from_zero())
+    torch.testing.assert_close(assert_all_agree(results, f"far {name}"), expected, rtol=0.01, atol=0)
+
+
 @parallel
 @pytest.mark.parametrize("scenario", ["unequal", "accumulated", "averaged_twice", "scaled", "resumed"])
 @pytest.mark.parametrize("name", ranks.PASS_CASES)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["FLAT_SHARE", "relative_change", "spread_floor", "unit_scale"]
+__all__ = ["FLAT_SHARE", "expected_change", "relative_change", "spread_floor", "unit_scale"]
 
 # A unit with less than a tenth of its layer's spread (standard deviation), or change, is treated as one with a tenth.
 FLAT_SHARE = 0.01
@@ -38,6 +38,24 @@ def spread_floor(mean_spread_sq: Tensor, input_sq: Tensor, share: float = FLAT_S
         share (mean_j sigma_j^2 + 0.01 input_sq). Elementwise: numbers of several layers may be joined.
     """
     return (mean_spread_sq * share).add_(input_sq, alpha=share * _STILL_SHARE)
+
+
+def expected_change(past: Tensor, change_sq: Tensor, decay: float) -> Tensor:
+    """E[r_j^2], a running average that one batch cannot fill with infinity for good.
+
+    Where r_j^2 itself overflows (float32: gradients of 1e20) the step is 0; the average, which is cut off at a
+    sixteenth of the largest number so that means over a layer stay finite, decays from then on.
+
+    Args:
+        past: the average so far; before the first batch, its r_j^2.
+        change_sq: r_j^2 of the present direction, [m].
+        decay: weight of the past, in [0, 1).
+
+    Returns:
+        The new average, [m]. Elementwise: vectors of several layers may be joined.
+    """
+    largest = torch.finfo(change_sq.dtype).max / 16
+    return torch.lerp(past.clamp(max=largest), change_sq.clamp(max=largest), 1 - decay)
 
 
 def relative_change(change_sq: Tensor, expected_change_sq: Tensor, spread_sq: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ __all__ = [
     "is_sharded",
     "is_sharded_by_rows",
     "local_part",
+    "part_along",
     "part_like",
     "process_group_of",
     "require_whole_layers",
@@ -172,6 +173,28 @@ def part_like(tensor: Tensor, like: Tensor) -> Tensor:
     mesh = like.device_mesh
     complete = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
     return cast(Tensor, complete.redistribute(mesh, like.placements))
+
+
+def part_along(tensor: Tensor, like: DTensor) -> Tensor:
+    """What is to be multiplied with this process's part of ``like``; nothing is communicated.
+
+    Args:
+        tensor: equal on all processes; each dimension is of the same length as that of ``like``, or 1.
+        like: sharded along any dimensions.
+
+    Returns:
+        The tensor, cut as ``like`` is, but for dimensions of length 1.
+    """
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = like.device_mesh
+    whole_here = [Replicate()] * mesh.ndim
+    placements = [
+        Replicate() if placement.is_shard() and tensor.shape[placement.dim] == 1 else placement
+        for placement in like.placements
+    ]
+    complete = DTensor.from_local(tensor, mesh, whole_here, run_check=False)
+    return local_part(cast(Tensor, complete.redistribute(mesh, placements)))
 
 
 def is_sharded_by_rows(tensor: Tensor) -> bool:

@@ -134,7 +134,7 @@ class LayerwiseOptimizer(Optimizer):
     def _watch_layers(self) -> None:
         """Find the layers of the model anew, keep what is known of them, and hook them."""
         calls = {layer.weight: layer.calls for layer in self._layers}
-        self._group_of_parameter = {p: group for group in self.param_groups for p in group["params"]}
+        self._follow_groups()
         layers, refused = list[AffineLayer](), dict[Tensor, str]()
         if self._model is not None:
             if any(group["rule"] != "sgd" for group in self.param_groups):
@@ -145,12 +145,17 @@ class LayerwiseOptimizer(Optimizer):
         for layer in self._layers:
             layer.calls = calls.get(layer.weight, layer.calls)
         self._layer_of = {module: layer for layer in self._layers for module in layer.modules}
-        # The group of its weight decides for a layer.
-        self._group_of = {layer: self._group_of_parameter[layer.weight] for layer in self._layers}
+        self._follow_groups()
         self._open_calls: list[weakref.ref[LayerCall]] = []
         if (capture := getattr(self, "_capture", None)) is not None:
             capture.close()
         self._capture: Capture = Capture(self._layer_of, self._on_call)
+
+    def _follow_groups(self) -> None:
+        """Note which group each parameter is in; the group of its weight decides for a layer."""
+        self._group_of_parameter = {p: group for group in self.param_groups for p in group["params"]}
+        known = [layer for layer in self._layers if layer.weight in self._group_of_parameter]
+        self._group_of = {layer: self._group_of_parameter[layer.weight] for layer in known}
 
     def _has_rule(self, parameter: Tensor) -> bool:
         group = self._group_of_parameter.get(parameter)
@@ -380,7 +385,8 @@ class LayerwiseOptimizer(Optimizer):
         """Continue from a checkpoint of this class, or of ``torch.optim.SGD``.
 
         Of SGD only the momentum is taken over, and put into our coordinates at the first step; the hyper-parameters
-        stay as constructed, since an SGD learning rate has another scale. The given dict is not modified.
+        stay as constructed, since an SGD learning rate has another scale. The given dict is not modified. A forward
+        pass whose backward pass is still to come is not forgotten, unless the checkpoint's groups have other rules.
 
         Args:
             state_dict: what :meth:`state_dict` returned.
@@ -465,7 +471,10 @@ class LayerwiseOptimizer(Optimizer):
         super().__setstate__({key: value for key, value in state.items() if key != "_seen"})
         if not hasattr(self, "_layers"):
             self._layers = []
-        self._watch_layers()
+        if hasattr(self, "_capture") and self._watched_rules == [group["rule"] for group in self.param_groups]:
+            self._follow_groups()  # and a pass that is under way is not forgotten
+        else:
+            self._watch_layers()
         self._has_foreign_momentum = any("gradient_momentum" in values for values in self.state.values())
         for layer in self._layers:
             layer.calls = list(seen.get(layer.weight, layer.calls))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchgeom_optim.geometry.unit_trust import FLAT_SHARE, relative_change, unit_scale
+from torchgeom_optim.geometry.unit_trust import FLAT_SHARE, expected_change, relative_change, unit_scale
 from torchgeom_optim.optimizers.chain_length import ChainLength
 from torchgeom_optim.optimizers.distributed import Ranks
 from torchgeom_optim.optimizers.layers import AffineLayer
@@ -139,7 +139,7 @@ def _bounded_alone(parameter: Tensor, group: Mapping[str, Any], state: dict[str,
     grad = grad.coalesce() if grad.is_sparse else grad
     values = grad.values() if grad.is_sparse else grad
     change_sq = (values.abs().square().sum() / parameter.numel()).reshape(1)
-    expected = torch.lerp(state.get("change_sq", change_sq), change_sq, 1 - group["decay"])
+    expected = expected_change(state.get("change_sq", change_sq), change_sq, group["decay"])
     state["change_sq"] = expected
     own_sq = parameter.detach().abs().square().mean().reshape(1) + BARE_FLOOR
     relative = relative_change(change_sq, expected, own_sq)

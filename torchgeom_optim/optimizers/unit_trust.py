@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from torchgeom_optim.geometry.moments import at_least_float32
 from torchgeom_optim.geometry.segments import Segments
-from torchgeom_optim.geometry.unit_trust import FLAT_SHARE, relative_change, spread_floor, unit_scale
-from torchgeom_optim.optimizers.distributed import is_sharded, local_part, part_like, whole, with_local
+from torchgeom_optim.geometry.unit_trust import FLAT_SHARE, expected_change, relative_change, spread_floor, unit_scale
+from torchgeom_optim.optimizers.distributed import is_sharded, local_part, part_along, whole, with_local
 from torchgeom_optim.optimizers.layers import AffineLayer
 
 __all__ = ["BARE_FLOOR", "TrustedBlock", "bare_block", "find_norms", "layer_block", "norm_block", "scale_blocks"]
@@ -160,7 +160,8 @@ def scale_blocks(
         sizes = tuple(row.change_sq.numel() for row in rows)
         change_sq = torch.cat([row.change_sq for row in rows])
         layers = Segments(sizes, change_sq)
-        expected = torch.cat([_past(state_of(row.owner), row.change_sq) for row in rows]).lerp_(change_sq, 1 - decay)
+        past = torch.cat([_past(state_of(row.owner), row.change_sq) for row in rows])
+        expected = expected_change(past, change_sq, decay)
         spread_sq = torch.cat([row.spread_sq for row in rows])
         floors = spread_floor(layers.means(spread_sq), torch.stack([row.input_sq for row in rows]))
         relative = relative_change(change_sq, expected, spread_sq + layers.spread(floors))
@@ -181,17 +182,10 @@ def _past(state: Mapping[str, Any], change_sq: Tensor) -> Tensor:
 def _scaled(direction: Tensor, factor: Tensor, axis: int | None) -> Tensor:
     if axis is None:
         return direction.mul_(factor.view(()))
-    if axis == 0:
-        if is_sharded(direction):
-            local, factor = local_part(direction), local_part(part_like(factor, direction))
-            return with_local(_scaled(local, factor, 0), direction)
-        return direction.mul_(
-            factor.view(direction.shape if factor.numel() == direction.numel() else _column(direction))
-        )
+    if axis == 0 and factor.numel() == direction.numel():
+        factor = factor.view(direction.shape)
+    else:
+        factor = factor.view([-1 if k == axis else 1 for k in range(direction.dim())])
     if is_sharded(direction):
-        return with_local(local_part(direction).mul_(factor), direction)
+        return with_local(local_part(direction).mul_(part_along(factor, direction)), direction)
     return direction.mul_(factor)
-
-
-def _column(direction: Tensor) -> tuple[int, ...]:
-    return (-1, *[1] * (direction.dim() - 1))
