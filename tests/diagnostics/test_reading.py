@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
 from itertools import pairwise
 
 import pytest
 import torch
 from torch import nn
 
-from torchgeom_optim.diagnostics import Diagnostics
+from torchgeom_optim.diagnostics import Diagnostics, checks
 from torchgeom_optim.diagnostics.history import History, Record
 from torchgeom_optim.diagnostics.reading import summary, verdicts
 
@@ -323,3 +325,62 @@ def test_network_with_batches_of_noise():
     labels = torch.randint(4, y.shape, generator=torch.Generator().manual_seed(5))
     assert trained(mlp(12, 24, 24), x=x, y=labels, batch=4, rate=0.003) == [("batch too small", None)]
     assert trained(mlp(12, 24, 24), batch=32) == []
+
+
+def test_network_whose_units_are_of_unequal_scale():
+    """The same function: the first layer's weights divided by 30, the second's multiplied by it."""
+    unequal = mlp(12, 24, 24)
+    with torch.no_grad():
+        unequal[0].weight.div_(30.0)
+        unequal[2].weight.mul_(30.0)
+    assert trained(unequal, rate=1e-6) == [("exploding gradients", "0")]
+    assert trained(mlp(12, 24, 24)) == []
+
+
+def test_network_with_labels_that_contradict_each_other():
+    x, y = task()
+    x = x[:8].repeat(4, 1)
+    contradictory, consistent = torch.arange(4).repeat_interleave(8), y[:8].repeat(4)
+    assert trained(mlp(12, 24, 24), x=x, y=contradictory, rate=0.03) == [("gradient confusion", None)]
+    assert trained(mlp(12, 24, 24), x=x, y=consistent, rate=0.03) == []
+
+
+class Sine(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.sin(x)
+
+
+def test_network_that_no_small_step_is_small_for():
+    x, _ = task()
+    turning = ("default", "weight_gradient_cosine")
+    found = trained(mlp(12, 24, 24, activation=Sine), x=3000.0 * x, rate=0.01, metrics=turning)
+    assert ("inconsistent steps", None) in found
+    assert trained(mlp(12, 24, 24, activation=Sine), metrics=turning) == []
+
+
+class Skip(nn.Sequential):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + super().forward(x)
+
+
+def ten_layers(block: type[nn.Sequential], gain: float) -> nn.Sequential:
+    torch.manual_seed(0)
+    layers: list[nn.Module] = [nn.Linear(12, 24)]
+    for _ in range(10):
+        layer = nn.Linear(24, 24)
+        nn.init.orthogonal_(layer.weight, gain)
+        nn.init.zeros_(layer.bias)
+        layers.append(block(layer, nn.ReLU()))
+    return nn.Sequential(*layers, nn.Linear(24, 4)).double()
+
+
+def test_network_whose_input_gradients_are_noise():
+    """The thesis's example and its remedy."""
+    ranks = ("default", "relative_input_gradient_rank")
+    assert trained(ten_layers(nn.Sequential, 2**0.5), rate=0.01, metrics=ranks) == [("shattered gradients", None)]
+    assert trained(ten_layers(Skip, 0.3), rate=0.01, metrics=ranks) == []
+
+
+def test_every_kind_of_verdict_has_a_broken_run():
+    said = set(re.findall(r'kind="([^"]+)"', inspect.getsource(checks)))
+    assert said <= {kind for kind, _ in CASES}
