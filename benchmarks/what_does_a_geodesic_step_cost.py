@@ -16,6 +16,8 @@ import math
 import multiprocessing
 import resource
 import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 import torch
@@ -41,8 +43,12 @@ def main(argv: list[str] | None = None) -> None:
         has_clarabel = importlib.util.find_spec("clarabel") is not None
         methods = ["ours", "Clarabel"] if size <= 2_000 and has_clarabel else ["ours"]
         for method in methods:
-            with context.Pool(1) as pool:
-                rows.append(pool.apply(_measure, (method, size, samples, options.threads, options.smoke)))
+            with ProcessPoolExecutor(1, context) as pool:
+                measured = pool.submit(_measure, method, size, samples, options.threads, options.smoke)
+                try:
+                    rows.append(measured.result())
+                except BrokenProcessPool:  # a pool of multiprocessing's would wait for ever
+                    rows.append({"method": method, "P": size, "failed": "the process was killed: memory?"})
             print(rows[-1], flush=True)
             write_result(NAME, {"samples": samples, "outputs": 10, "rows": rows}, options, seeds=[0])
     write_result(NAME, {"samples": samples, "outputs": 10, "rows": rows}, options, seeds=[0], rows=rows)
