@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -363,6 +364,29 @@ def test_slsqp_finds_the_same(radius):
     ours = solve(J, v, radius, pull=beta).step
     # SLSQP stops where the objective does not fall by more than 1e-15: its minimiser is good to about the root of that
     torch.testing.assert_close(ours, torch.from_numpy(found.x), rtol=0, atol=1e-6 * radius)
+
+
+def test_an_interior_point_method_finds_the_same():
+    """A second general solver, which works in another way: barriers and trust regions, by exact second derivatives."""
+    optimize = pytest.importorskip("scipy.optimize", reason="a general solver to compare with; comes with scikit-learn")
+    g = generator(9)
+    J, v, beta, radius = jacobian(3, 6, 3, 1.0, g), torch.randn(6, generator=g, dtype=F64), 0.7, 0.3
+    metric, target = (J.T @ J).numpy(), v.numpy()
+    found = optimize.minimize(
+        lambda x: x @ metric @ x - beta * x @ target,
+        0.01 * target,
+        jac=lambda x: 2 * metric @ x - beta * target,
+        hess=lambda x: 2 * metric,
+        constraints=optimize.NonlinearConstraint(
+            lambda x: x @ x, 0.0, radius**2, jac=lambda x: 2 * x[None], hess=lambda x, w: 2 * w[0] * np.eye(6)
+        ),
+        method="trust-constr",
+        options={"gtol": 1e-10, "xtol": 1e-12, "barrier_tol": 1e-10, "maxiter": 500},
+    )
+    ours = solve(J, v, radius, pull=beta).step
+    torch.testing.assert_close(ours, torch.from_numpy(found.x), rtol=0, atol=1e-5 * radius)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(1.001 * ours, torch.from_numpy(found.x), rtol=0, atol=1e-5 * radius)
 
 
 @pytest.mark.parametrize(
