@@ -30,7 +30,8 @@ class Options:
     """How metrics are measured, where there is a choice.
 
     Args:
-        groups: take gradient confusion over so many groups' mean gradients, not over samples.
+        groups: take gradient confusion and diversity over so many groups' mean gradients, as the thesis does, not over
+            samples.
         perturbations: directions of the moves of the weights: along and against the batch gradient (Def. 2.7; two
             moves), along samples' gradients (Def. 2.6), or random.
         num_perturbations: how many moves, where there is a choice.
@@ -176,8 +177,10 @@ class Measurement:
         grams = self.layers.stacked(result.weights, result.layers)
         if result.statistics == "batch":
             self.note("batch normalization: gradients are each sample's contribution to the batch gradient")
-        self.put("gradient_confusion", agreement.gradient_confusion(grams, self.options.groups))
-        self.put("gradient_diversity", agreement.gradient_diversity(grams))
+        groups = self.options.groups
+        self.put("gradient_confusion", agreement.gradient_confusion(grams, groups))
+        means = grams if groups is None else agreement.group_means(grams, groups)
+        self.put("gradient_diversity", agreement.gradient_diversity(means))
         self.put("gradient_coherence", agreement.gradient_coherence(grams))
         if "relative_gradient_rank" in self.metrics:
             sizes = torch.tensor(self.layers.sizes[: len(grams)])

@@ -64,7 +64,7 @@ class Processes:
         """Those that a wrapper in the model is for; None if there is none, or but one process."""
         for module in wrapped_by(model):
             if isinstance(module, nn.parallel.DistributedDataParallel):
-                group = module.process_group
+                group = cast("ProcessGroup", module.process_group)
                 return cls(group) if distributed.get_world_size(group) > 1 else None
         return None
 

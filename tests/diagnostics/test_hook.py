@@ -6,8 +6,11 @@ import gc
 import io
 import itertools
 import math
+import multiprocessing
 import os
 import pickle
+import signal
+import sys
 import warnings
 import weakref
 from pathlib import Path
@@ -470,6 +473,43 @@ def test_a_loss_that_is_nan_is_recorded():
     assert math.isfinite(history[2].values["gradient_diversity"])
 
 
+def test_training_with_losses_that_are_nan_is_what_it_is_without():
+    data = [*batches(2), (torch.full((6, 1, 4, 4), math.nan), torch.zeros(6, dtype=torch.int64))]
+    results = []
+    for attached in (False, True):
+        model, criterion = network(), nn.CrossEntropyLoss()
+        optimizer = sgd(model)
+        diagnostics = Diagnostics(model, criterion, every=1, metrics=EVERYTHING)
+        if attached:
+            diagnostics.attach(optimizer)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about what could not be measured
+            train(model, criterion, optimizer, data)
+        diagnostics.close()
+        results.append(model.state_dict())
+    assert [math.isnan(record.loss) for record in diagnostics.history] == [False, False, True]
+    assert any(tensor.isnan().any() for tensor in results[0].values() if tensor.is_floating_point())
+    assert_close(*results, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a process is forked and killed")
+def test_a_run_that_is_killed_keeps_what_it_had(tmp_path):
+    def run() -> None:
+        model, criterion = network(), nn.CrossEntropyLoss()
+        optimizer = sgd(model)
+        with Diagnostics(model, criterion, every=1, history=History(tmp_path / "run.jsonl")).attach(optimizer):
+            train(model, criterion, optimizer, batches(3))
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    records = History.from_jsonl(tmp_path / "run.jsonl")
+    assert [record.step for record in records] == [0, 1, 2]
+    assert all(math.isfinite(record.values["gradient_norm"]) for record in records)
+
+
 def test_what_cannot_be_measured_is_noted_and_the_rest_is_measured():
     model, criterion = network().eval(), nn.CrossEntropyLoss()
     optimizer = sgd(model)
@@ -560,6 +600,23 @@ def test_options_and_the_same_numbers_again(perturbations):
     assert (
         first.values["gradient_confusion"] <= Diagnostics(model, criterion).measure(x, y).values["gradient_confusion"]
     )
+
+
+def test_groups_are_batches():
+    """With groups, confusion and diversity are those of batch means, as in the thesis."""
+    model, criterion = network().double().eval(), nn.CrossEntropyLoss()
+    (x, y), *_ = batches(1)
+    x = x.double()
+    means = []
+    for part in (slice(0, 2), slice(2, 4), slice(4, 6)):
+        gradient = torch.autograd.grad(criterion(model(x[part]), y[part]), list(model.parameters()))
+        means.append(torch.cat([g.reshape(-1) for g in gradient]))
+    means = torch.stack(means)
+    expected = expected_from(means, means.shape[1])
+    found = Diagnostics(model, criterion, options=Options(groups=3)).measure(x, y).values
+    for name in ("gradient_confusion", "gradient_diversity"):
+        assert_close(found[name], expected[name], **oracles.tolerance(condition=1e3))
+        assert found[name] != Diagnostics(model, criterion).measure(x, y).values[name]
 
 
 def test_copies_of_the_model_are_not_watched():
