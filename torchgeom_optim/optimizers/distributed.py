@@ -189,10 +189,8 @@ def part_along(tensor: Tensor, like: DTensor) -> Tensor:
 
     mesh = like.device_mesh
     whole_here = [Replicate()] * mesh.ndim
-    placements = [
-        Replicate() if placement.is_shard() and tensor.shape[placement.dim] == 1 else placement
-        for placement in like.placements
-    ]
+    single = [dim for dim, length in enumerate(tensor.shape) if length == 1]
+    placements = [Replicate() if any(map(placement.is_shard, single)) else placement for placement in like.placements]
     complete = DTensor.from_local(tensor, mesh, whole_here, run_check=False)
     return local_part(cast(Tensor, complete.redistribute(mesh, placements)))
 

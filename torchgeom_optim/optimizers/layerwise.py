@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, overload
 
@@ -16,6 +17,7 @@ from torch.optim.optimizer import Optimizer
 from torch.optim.sgd import sgd
 
 from torchgeom_optim.geometry.capture import Capture, activations_are_not_kept
+from torchgeom_optim.optimizers.checkpoints import STATE_VERSION, require_shapes, require_version, seen_by_hooks
 from torchgeom_optim.optimizers.distributed import Ranks, process_group_of, require_whole_layers
 from torchgeom_optim.optimizers.finite_gradients import require_finite_gradients
 from torchgeom_optim.optimizers.layers import AffineLayer, LayerCall, SeenCall, find_affine_layers
@@ -26,8 +28,6 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = ["LayerwiseOptimizer"]
-
-_STATE_VERSION = 1
 
 
 class LayerwiseOptimizer(Optimizer):
@@ -78,7 +78,7 @@ class LayerwiseOptimizer(Optimizer):
         self._layers: list[AffineLayer] = []
         self._has_foreign_momentum = False
         self._check_group(defaults, "default")
-        super().__init__(params, {**defaults, "state_version": _STATE_VERSION})
+        super().__init__(params, {**defaults, "state_version": STATE_VERSION})
         self._watch_layers()
 
     @abstractmethod
@@ -394,28 +394,17 @@ class LayerwiseOptimizer(Optimizer):
         Raises:
             ValueError: a checkpoint of a newer version, or tensors that do not fit the parameters; nothing was changed.
         """
-        # Hooks come first, as they may make a format that is known of one that is not.
-        state_dict = {**state_dict}
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            changed = hook(self, state_dict)
-            state_dict = state_dict if changed is None else changed
-        if not {"state", "param_groups"} <= set(state_dict):
-            raise ValueError(
-                f"got a dict with the keys {list(state_dict)[:4]}; need what an optimizer's state_dict() returned, "
-                "with 'state' and 'param_groups': is it the model's? Nothing was changed."
-            )
-        state_dict = self._adapted(state_dict)
+        before = [partial(hook, self) for hook in self._optimizer_load_state_dict_pre_hooks.values()]
+        state_dict = self._adapted(seen_by_hooks(before, state_dict))
         saved = state_dict["param_groups"]
-        versions = [group.get("state_version", 0) for group in saved]
-        if any(version > _STATE_VERSION for version in versions):
-            raise ValueError(
-                f"got a checkpoint of version {max(versions)}, need {_STATE_VERSION}: update torchgeom_optim."
-            )
+        versions = require_version(saved)
         parameters = list(chain.from_iterable(group["params"] for group in self.param_groups))
         indices = list(chain.from_iterable(group["params"] for group in saved))
         owner = dict(zip(indices, parameters, strict=False))  # torch says what is wrong if there are more or less
         state = {index: dict(values) for index, values in state_dict["state"].items()}
-        self._check_shapes({owner[index]: values for index, values in state.items() if index in owner})
+        for index, values in state.items():
+            if index in owner:
+                require_shapes(owner[index], values, self._needed_shapes(owner[index], values))
         in_layers = {p for layer in self._layers for p in layer.parameters}
         groups = []
         for group, version, own in zip(saved, versions, self.param_groups, strict=False):
@@ -443,21 +432,16 @@ class LayerwiseOptimizer(Optimizer):
         """A checkpoint as this class would have written it, without changing what was given; raises if it cannot."""
         return state_dict
 
-    def _check_shapes(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
-        of_weight = {layer.weight: layer for layer in self._layers}
-        for p, values in state.items():
-            needs = dict.fromkeys(("momentum_buffer", "gradient_momentum"), tuple(p.shape))
-            if (layer := of_weight.get(p)) is not None:
-                needs |= dict.fromkeys(self._input_statistics, (layer.num_inputs,))
-                needs |= dict.fromkeys(self._output_statistics, (layer.num_units,))
-            for key, need in needs.items():
-                value = values.get(key)
-                if isinstance(value, Tensor) and tuple(value.shape) != need:
-                    raise ValueError(
-                        f"got a checkpoint with {key} of shape {tuple(value.shape)} for a parameter of shape "
-                        f"{tuple(p.shape)}; need {need}: it is of another model, or its groups are in another order. "
-                        "Nothing was changed."
-                    )
+    def _needed_shapes(self, parameter: Tensor, values: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Of a parameter's state, whether it has these or not."""
+        needs = dict.fromkeys(("momentum_buffer", "gradient_momentum"), tuple(parameter.shape))
+        if (layer := self._layer_with(parameter)) is not None:
+            needs |= dict.fromkeys(self._input_statistics, (layer.num_inputs,))
+            needs |= dict.fromkeys(self._output_statistics, (layer.num_units,))
+        return needs
+
+    def _layer_with(self, weight: Tensor) -> AffineLayer | None:
+        return next((layer for layer in self._layers if layer.weight is weight), None)
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything that a copy or a pickle needs; the model goes with it, as the parameters do."""

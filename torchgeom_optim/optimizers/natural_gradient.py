@@ -445,18 +445,9 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
             rows.append(row)
         return RuleReport(rows)
 
-    def _check_shapes(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
-        super()._check_shapes(state)
-        layers = {layer.weight: layer for layer in self._layers}
-        for p, values in state.items():
-            for key, need in shapes_of_statistics(p, layers.get(p), values, self.block).items():
-                value = values.get(key)
-                if isinstance(value, Tensor) and tuple(value.shape) != need:
-                    raise ValueError(
-                        f"got a checkpoint with {key} of shape {tuple(value.shape)} for a parameter of shape "
-                        f"{tuple(p.shape)}; need {need}: it is of another model or of other blocks, or its groups are "
-                        "in another order. Nothing was changed."
-                    )
+    def _needed_shapes(self, parameter: Tensor, values: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        own = shapes_of_statistics(parameter, self._layer_with(parameter), values, self.block)
+        return super()._needed_shapes(parameter, values) | own
 
     def _adapted(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """A checkpoint of the same metric, or of ``torch.optim.SGD``; raises if it is of another metric."""

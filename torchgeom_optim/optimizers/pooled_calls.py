@@ -25,7 +25,8 @@ from torchgeom_optim.optimizers.layers import AffineLayer, SeenCall
 __all__ = ["Quantity", "Wanted", "calls_of_all_ranks"]
 
 Quantity = tuple[Tensor, float]  # a mean, and the number of observations that it is over
-_References = tuple[Tensor | None, Tensor | None]  # of inputs and outputs, where their moments are wanted
+_BothMoments = tuple[Moments | None, Moments | None]  # of inputs and outputs, where they are wanted
+_References = tuple[Tensor | None, Tensor | None]
 
 
 class Wanted(NamedTuple):
@@ -74,33 +75,31 @@ def calls_of_all_ranks(ranks: Ranks, wanted: Sequence[Wanted]) -> list[tuple[See
         (*row.layer.weight.shape, row.moments, row.output_grads, row.output_moments, len(row.extras)) for row in wanted
     ]
     ranks.require_agreement(layout, wanted[0].layer.weight.device)
-    references = _references(ranks, wanted)
-    rows = [_means_of_calls(row, reference) for row, reference in zip(wanted, references, strict=True)]
+    moments = [_own_moments(row) for row in wanted]
+    references = _references(ranks, wanted, moments)
+    rows = [_means_of_calls(*row) for row in zip(wanted, moments, references, strict=True)]
     means, counts = zip(*chain.from_iterable(rows), strict=True)
     found = iter(ranks.means(means, counts))
     calls = [_call_from_means(row, reference, found) for row, reference in zip(wanted, references, strict=True)]
     return calls
 
 
-def _references(ranks: Ranks, wanted: Sequence[Wanted]) -> list[_References]:
+def _references(ranks: Ranks, wanted: Sequence[Wanted], moments: Sequence[_BothMoments]) -> list[_References]:
     """What the moments are taken about: the past mean, or the batch's own the first time."""
-    found = [[row.past_mean, row.past_output_mean] for row in wanted]
-    new: list[tuple[int, int, Moments]] = []
-    for k, row in enumerate(wanted):
-        for which, own in enumerate(_own_moments(row)):
-            past = found[k][which]
-            found[k][which] = past if past is None or own is None else past.to(row.dtype)
-            if own is None:
-                found[k][which] = None
-            elif past is None:
-                new.append((k, which, own))
-    means = ranks.means([own.mean for _, _, own in new], [own.count for _, _, own in new])
-    for (k, which, _), mean in zip(new, means, strict=True):
-        found[k][which] = mean
-    return [(of_inputs, of_outputs) for of_inputs, of_outputs in found]
+    pasts = [(row.past_mean, row.past_output_mean) for row in wanted]
+    new = [own for pair, both in zip(pasts, moments, strict=True) for past, own in zip(pair, both, strict=True)
+           if past is None and own is not None]  # fmt: skip
+    means = iter(ranks.means([own.mean for own in new], [own.count for own in new]))
+
+    def reference(past: Tensor | None, own: Moments | None) -> Tensor | None:
+        if own is None:
+            return None
+        return next(means) if past is None else past.to(own.mean.dtype)
+
+    return [(reference(past[0], own[0]), reference(past[1], own[1])) for past, own in zip(pasts, moments, strict=True)]
 
 
-def _own_moments(row: Wanted) -> tuple[Moments | None, Moments | None]:
+def _own_moments(row: Wanted) -> _BothMoments:
     """Of inputs and outputs in this process; None where they are not wanted."""
     layer = row.layer
     of_inputs = _filled(layer.batch_moments() if layer.calls else None, layer.num_inputs, row) if row.moments else None
@@ -116,14 +115,14 @@ def _filled(moments: Moments | None, size: int, row: Wanted) -> Moments:
     return Moments(moments.count, moments.mean.to(row.dtype), moments.variance.to(row.dtype))
 
 
-def _means_of_calls(row: Wanted, references: _References) -> list[Quantity]:
+def _means_of_calls(row: Wanted, moments: _BothMoments, references: _References) -> list[Quantity]:
     layer, calls = row.layer, row.layer.calls
     scalars = torch.tensor([float(layer.num_samples()), float(layer.sharing()) if calls else 0.0], dtype=row.dtype)
     scalars = scalars.to(layer.weight.device)
     means: list[Quantity] = [(scalars[0], 1.0)]
     if layer.spatial_axes:
         means.append((scalars[1], float(sum(call.num_samples for call in calls))))
-    for own, reference in zip(_own_moments(row), references, strict=True):
+    for own, reference in zip(moments, references, strict=True):
         if own is not None and reference is not None:
             # About a point near the mean: E[y^2] - E[y]^2 loses the digits of the variance where the mean is large.
             shift = own.mean - reference

@@ -201,14 +201,7 @@ class WhiteningSGD(LayerwiseOptimizer):
             raise ValueError(f"chain_length={length!r} ({where}): need a whole number from 1, or None to find it.")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; layers of the model whose parameters it brings are watched from now on.
-
-        Args:
-            param_group: parameters and the hyper-parameters that are their own.
-
-        Raises:
-            ValueError: parameters that the model does not own, or a value out of its range; no group was added.
-        """
+        """As in :class:`LayerwiseOptimizer`; a group without a learning rate goes by the trust radius, or by 0.1."""
         if isinstance(param_group, dict):  # else torch says what is wrong
             group = {**self.defaults, **param_group}
             self._check_group(group, f"group {len(self.param_groups)}")
