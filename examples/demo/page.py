@@ -75,8 +75,9 @@ def html(report: Report) -> str:
         style=_PAGE_STYLE + _CHARTS_STYLE,
         heading="One network, looked at five ways",
         lead=escape(
-            f"{report.title}. Trained with tuned SGD and with WhiteningSGD as it comes, watched while it trained, "
-            "and then taken apart: every number on this page was measured a moment ago, on this machine."
+            f"{report.title[:1].upper()}{report.title[1:]}. Trained with tuned SGD and with WhiteningSGD as it comes, "
+            "watched while it trained, and then taken apart: every number on this page was measured a moment ago, "
+            "on this machine."
         ),
         tiles="\n".join(f"<li><b>{escape(number)}</b>{escape(what)}</li>" for number, what in tiles(report)),
         sections="\n".join(map(_section, sections(report))),
@@ -115,7 +116,10 @@ def tiles(report: Report) -> list[tuple[str, str]]:
     found = report.findings
     losses = [statistics.median(run.curve.loss[-1] for run in runs) for runs in report.runs]
     shown = [
-        (f"{losses[0] / losses[-1]:.3g} x", "tuned SGD's final training loss over that of WhiteningSGD as it comes"),
+        (
+            f"{losses[0] / max(losses[-1], 1e-12):.3g} x",
+            "tuned SGD's final training loss over that of WhiteningSGD as it comes",
+        ),
         (
             f"{found.sloppiness['that hold 90% of the trace']:.0f}",
             f"of {found.num_weights:,} directions hold 90% of the Fisher matrix's trace",
@@ -147,8 +151,7 @@ def sections(report: Report) -> list[Section]:
         Section(
             "Training",
             "Both optimizers start from the same weights and see the same batches; both step sizes decay linearly to "
-            "zero. "
-            f"SGD has the best learning rate and momentum of a grid; {ours} has no learning rate to choose.",
+            f"zero. SGD has the best learning rate and momentum of a grid; {ours} has no learning rate to choose.",
             figures=[
                 (
                     _loss(report, "epochs"),
@@ -157,8 +160,8 @@ def sections(report: Report) -> list[Section]:
                 ),
                 (
                     _loss(report, "seconds"),
-                    f"The same over the seconds of training: a step of {ours} costs more, and the curve has to pay "
-                    f"for it.",
+                    f"The same over the seconds of training: a step of {ours} costs more, and the curve has to "
+                    "pay for it.",
                 ),
             ],
             rows=table(report.settings, [[run.curve for run in runs] for runs in report.runs]),
@@ -167,8 +170,7 @@ def sections(report: Report) -> list[Section]:
         Section(
             "Diagnostics",
             "While the networks trained, a Diagnostics object read the inner products of all samples' gradients from "
-            "the "
-            "backward pass that happens anyway. The training is bit for bit the same with it and without.",
+            "the backward pass that happens anyway. The training is bit for bit the same with it and without.",
             figures=[
                 (
                     _agreement(report),
@@ -179,7 +181,7 @@ def sections(report: Report) -> list[Section]:
                 (
                     _layers(report.runs[-1][0].history, ours),
                     f"Norm of each layer's gradient through the training with {ours}, input above, output below. A "
-                    f"layer much paler than its neighbours would be one that does not learn.",
+                    "layer much paler than its neighbours would be one that does not learn.",
                 ),
             ],
             printed=summary(report.runs[-1][0].history),
@@ -188,8 +190,7 @@ def sections(report: Report) -> list[Section]:
         Section(
             "Fisher spectrum",
             "Which directions of weight space change the predictions at all? The eigenvalues of the Fisher matrix "
-            "say, and all "
-            "that are not zero come from a matrix the size of the data.",
+            "say, and all that are not zero come from a matrix the size of the data.",
             figures=[
                 (
                     _spectrum(found),
@@ -203,8 +204,7 @@ def sections(report: Report) -> list[Section]:
         Section(
             "Reduction",
             "The network in its most important directions, in one shot: no labels, no training. Beside it the same "
-            "share of "
-            "single weights, the largest ones.",
+            "share of single weights, the largest ones.",
             figures=[
                 (
                     _reduction(found),
@@ -224,8 +224,7 @@ def sections(report: Report) -> list[Section]:
         Section(
             "Geodesic sparsification",
             "A walk through weight space to a sparse network, along a path on which the outputs hardly change: "
-            "whenever weights "
-            "go, the others make up for them. Inputs alone are needed.",
+            "whenever weights go, the others make up for them. Inputs alone are needed.",
             figures=[
                 (
                     _path(found),
@@ -245,7 +244,7 @@ def sections(report: Report) -> list[Section]:
         Section(
             "GradNet",
             "A classifier on the tangent space of the network, which itself may not change. A network that has fitted "
-            "its training data, as this one, leaves it little to gain. "
+            "its training data leaves it little to gain. "
             f"One test image more or less is {one_image:.2%}: a difference of a few images says little."
             if found.gradnet is not None
             else "This network does not allow one: it has layers that are not piecewise linear.",
