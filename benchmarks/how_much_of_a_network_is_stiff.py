@@ -27,7 +27,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = benchmark_parser(__doc__)
     parser.add_argument("--networks", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--times", type=float, default=1.0, help="so many times the seconds of the gradual runs")
     parser.add_argument("--resume", action="store_true", help="keep the runs that the result has")
     parser.add_argument("--draw", action="store_true", help="draw the picture from the result, and measure nothing")
     options = start(parser, argv)
@@ -104,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
     runs: dict[str, Any] = _earlier(options) if options.resume else {}
     networks, seeds = (["mlp_thin"], [0]) if options.smoke else (options.networks, options.seeds)
     for name in networks:
-        setting = SETTINGS[name]
+        setting = replace(SETTINGS[name], gradual_seconds=options.times * SETTINGS[name].gradual_seconds)
         dataset = stand_in(setting.data) if options.smoke else load_dataset(setting.data, options.root)
         for seed in seeds:
             if f"{name} seed {seed}" not in runs:
