@@ -330,8 +330,7 @@ class Diagnostics:
             )
         scale = math.nan if observed.scale is None else float(observed.scale)
         if observed.left_out and observed.loss_fn is not None:
-            measurement.note(f"{', '.join(observed.left_out)} left out: the loss is the mean over this batch alone")
-            measurement.loss = float(metrics.gradient(batch, observed.loss_fn).mean_loss())
+            self._loss_without(measurement, batch, observed)
             metrics.measure(measurement, batch, observed.loss_fn, gradient_is_known=self._optimizer is not None)
             self._note_missing_optimizer(measurement)
             return measurement
@@ -356,7 +355,9 @@ class Diagnostics:
         has_optimizer = self._optimizer is not None  # which gets the mean gradient of the processes
         in_passes = self._of_batch.need_passes(gradient_is_known=has_optimizer)
         loss_fn = observed.loss_fn if observed.num_losses == 1 else None
-        problem = "; ".join(measurement.notes) or f"{observed.num_losses} losses on one pass"
+        problem = "; ".join(measurement.notes) or "the criterion's input is not what the model returned"
+        if observed.num_losses != 1:
+            problem = f"{observed.num_losses} losses on one pass"
         together = processes.gather(
             None if loss_fn is None else batch, measurement.loss, problem, tensors=bool(in_passes)
         )
@@ -364,6 +365,8 @@ class Diagnostics:
         if not together.is_even:
             measurement.note("processes have unequal batches: here all samples weigh alike, in training all processes")
         if together.batch is not None:
+            if observed.left_out:
+                self._loss_without(measurement, together.batch, observed)
             self._of_batch.measure(measurement, together.batch, loss_fn, gradient_is_known=has_optimizer)
         else:
             measurement.from_weights()
@@ -371,6 +374,13 @@ class Diagnostics:
                 measurement.note(f"{', '.join(in_passes)}: not measured over all processes, since {together.problem}")
         self._note_missing_optimizer(measurement)
         measurement.load_state(processes.agree(measurement.state()))
+
+    def _loss_without(self, measurement: Measurement, batch: Batch, observed: ObservedPass) -> None:
+        """The loss that the model itself gives where it is not told of several batches."""
+        measurement.note(f"{', '.join(observed.left_out)} left out: the loss is the mean over this batch alone")
+        with measurement.attempt("gram"):
+            if observed.loss_fn is not None:
+                measurement.loss = float(self._of_batch.gradient(batch, observed.loss_fn).mean_loss())
 
     def _note_missing_optimizer(self, measurement: Measurement) -> None:
         if self._of_batch.need_step and self._optimizer is None:

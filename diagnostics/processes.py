@@ -64,8 +64,8 @@ class Processes:
         """Those that a wrapper in the model is for; None if there is none, or but one process."""
         for module in wrapped_by(model):
             if isinstance(module, nn.parallel.DistributedDataParallel):
-                group = cast("ProcessGroup", module.process_group)
-                return cls(group) if distributed.get_world_size(group) > 1 else None
+                group = module.process_group
+                return None if group is None or distributed.get_world_size(group) == 1 else cls(group)
         return None
 
     def gather(self, batch: Batch | None, loss: float, problem: str = "", tensors: bool = True) -> GlobalBatch:
