@@ -209,15 +209,16 @@ def _best(get: Get, network: str, method: str) -> float | None:
     """The best learning rate of the grid, which grows while the best lies at its edge; None if ``get`` has it not."""
     losses: dict[int, float] = {}
     grid = list(BASELINES[method][0])
+    best = grid[0]
     while grid:
         for k in grid:
             run = get(network, method, _rate(k), 1, False)
             if run is None:
                 return None  # the search is not over
             losses[k] = run["loss"]
-        k = min(losses, key=lambda k: losses[k])
-        grid = [k - 1] if k == min(losses) else [k + 1] if k == max(losses) else []
-    return _rate(k)
+        best = min(losses, key=lambda k: losses[k])
+        grid = [best - 1] if best == min(losses) else [best + 1] if best == max(losses) else []
+    return _rate(best)
 
 
 def _rate(exponent: int) -> float:

@@ -434,7 +434,8 @@ class LayerwiseOptimizer(Optimizer):
 
     def _needed_shapes(self, parameter: Tensor, values: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """Of a parameter's state, whether it has these or not."""
-        needs = dict.fromkeys(("momentum_buffer", "gradient_momentum"), tuple(parameter.shape))
+        needs: dict[str, tuple[int, ...]] = {}
+        needs |= dict.fromkeys(("momentum_buffer", "gradient_momentum"), tuple(parameter.shape))
         if (layer := self._layer_with(parameter)) is not None:
             needs |= dict.fromkeys(self._input_statistics, (layer.num_inputs,))
             needs |= dict.fromkeys(self._output_statistics, (layer.num_units,))
