@@ -74,10 +74,9 @@ class FewerHeadsAttention(nn.Module):
         weights: Tensor | None = None
         if need_weights:
             scores = q @ k.mT * self.head_dim**-0.5
-            weights = (scores if mask is None else scores + mask).softmax(-1)
-            weights = F.dropout(weights, dropout) if dropout else weights
-            heads = weights @ v
-            weights = weights.mean(1) if average_attn_weights else weights
+            looks = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
+            heads = looks @ v
+            weights = looks.mean(1) if average_attn_weights else looks
         else:
             heads = F.scaled_dot_product_attention(q, k, v, mask, dropout)
         output = self.out_proj(heads.transpose(1, 2).flatten(2))
@@ -144,8 +143,9 @@ def why_heads_must_stay(attention: nn.MultiheadAttention, shared: bool) -> str |
 
 def _projections(attention: nn.MultiheadAttention) -> tuple[list[Tensor], list[Tensor | None]]:
     """Weights [heads d, inputs] and biases of queries, keys and values."""
+    weights: list[Tensor]
     if attention.in_proj_weight is not None:
-        weights = list(attention.in_proj_weight.chunk(3))
+        weights = [*attention.in_proj_weight.chunk(3)]
     else:
         weights = [attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight]
     bias = attention.in_proj_bias
