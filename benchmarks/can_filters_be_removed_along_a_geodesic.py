@@ -7,7 +7,8 @@ fine-tuning per filter (28 in all; the paper takes 70). D: dense, 78 % of the fi
 units out too, 47 % of the filters back, with 4 epochs of training in all; beside it the same cuts without anything.
 F: mlp2 trained on MNIST, then walked to a copy that was trained on to Fashion-MNIST, in the metric of MNIST's images
 alone; the network on the way that is best at the worse of its two tasks, found by trying it on each by itself. Beside
-it the straight line. Adam throughout; the dense vgg11 has 12 epochs at 1e-3 falling to 0, training on the way runs at
+it the straight line. The last of its steps, which goes where the metric forbade to go before, is looked at in ten
+pieces. Adam throughout; the dense vgg11 has 12 epochs at 1e-3 falling to 0, training on the way runs at
 3e-4, that at the end falls from there to 0. Accuracies are on the first 5,000 test images. With ``--resume`` what the
 result has is not measured again.
 """
@@ -22,6 +23,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from benchmarks.harness import RESULTS, benchmark_parser, start, write_result
 from examples.datasets import Dataset, load_dataset, stand_in
@@ -186,8 +188,13 @@ def _two_tasks(root: object, note: Note, smoke: bool) -> None:
         )
         both = [(_accuracy(model, first), _accuracy(model, second))]
         while not path.arrived:
+            before = parameters_to_vector(model.parameters()).detach()
             path.step(_batch(first, 64 if smoke else 500, len(both)))
-            both.append((_accuracy(model, first), _accuracy(model, second)))
+            after = parameters_to_vector(model.parameters()).detach()
+            for k in range(1, 11 if path.arrived else 2):  # the last side of the polygon is the longest by far
+                if path.arrived:
+                    vector_to_parameters(before.lerp(after, k / 10), model.parameters())
+                both.append((_accuracy(model, first), _accuracy(model, second)))
         best = max(range(len(both)), key=lambda k: min(both[k]))
         note("F", f"{name}, MNIST", [a for a, _ in both], begin, 0)
         note("F", f"{name}, Fashion-MNIST", [b for _, b in both], begin, 0)
