@@ -236,7 +236,11 @@ def _row(label: str, share: float, reduced: ReducedModel, seconds: float) -> dic
 
 def _embedding(model: nn.Module, points: Tensor, full: Tensor | None) -> dict[str, Any]:
     with torch.no_grad():
-        result = inpca(model.eval()(points).double().softmax(-1))
+        probabilities = model.eval()(points).double().softmax(-1)
+    try:
+        result = inpca(probabilities)
+    except ValueError as error:  # a network of which nothing is left predicts the same everywhere
+        return {"not embedded": str(error)}
     sizes = result.eigenvalues.abs()
     roots = result.distances.sqrt().flatten()
     alike = 1.0 if full is None else float(torch.corrcoef(torch.stack([roots, full.sqrt().flatten()]))[0, 1])
@@ -285,13 +289,16 @@ def draw(folder: Path) -> None:
         keys = [*((f"{rule}, {share:.0%}", accuracies[share]) for share in SHARES), ("full", run["accuracy_dense"])]
         for panel, (key, found) in zip(panels, keys, strict=True):
             entry = run["inpca"][key]
+            panel.set_title(f"{run['network']}, {key}: accuracy {found:.3f}", fontsize=8)
+            if "not embedded" in entry:
+                panel.text(0.5, 0.5, "one point: predictions are constant", ha="center", fontsize=8)
+                continue
             x = np.array(entry["coordinates"])
             panel.scatter(x[:, 0], x[:, 1], c=run["inpca_labels"], cmap="tab10", s=6)
             imaginary = ["", " (imaginary)"]
             signs = [imaginary[value < 0] for value in entry["first_eigenvalues"][:2]]
             panel.set_xlabel(f"axis 1{signs[0]}, {entry['share_of_first_axis']:.0%} of all", fontsize=8)
             panel.set_ylabel(f"axis 2{signs[1]}", fontsize=8)
-            panel.set_title(f"{run['network']}, {key}: accuracy {found:.3f}", fontsize=8)
             panel.tick_params(labelsize=7)
     figure.tight_layout()
     figure.savefig(folder / f"{NAME}.png", dpi=110)
