@@ -17,8 +17,8 @@ Results are written network by network; ``--resume`` goes on from what a result 
 picture from it without measuring anything.
 
 Inputs are drawn from a normal distribution in the shapes of MNIST and CIFAR-10. Memory: every candidate runs in a fresh
-process, which first makes two plain steps; "extra MiB" is by how much two steps of the candidate (one measurement in the
-sweep) raise the process's largest resident size beyond theirs.
+process, which first makes two plain steps; "extra MiB" is by how much two steps of the candidate (one measurement in
+the sweep) raise the process's largest resident size beyond theirs.
 """
 
 from __future__ import annotations
