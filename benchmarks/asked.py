@@ -173,7 +173,7 @@ def _fim() -> list[Asked]:
     )
     lost = Asked("fim", "Fig. 3", "", "how_much_of_a_network_is_stiff", "", "rule", {"": "ours*"})
     cases = [
-        ("one_shot", "5%", "0.5", {"the paper's rule": "exact, eigenvalue*", "pruning": "magnitude pruning"}),
+        ("one_shot", "5%", "0.5", {"the paper's rule": "paper: exact, eigenvalue", "pruning": "magnitude pruning"}),
         ("gradual", "5%", "0.2", {"pruning": "gradual magnitude pruning"}),
         ("gradual", "1%", "1.5", {"pruning": "gradual magnitude pruning"}),
     ]
