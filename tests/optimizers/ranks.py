@@ -213,6 +213,19 @@ def branches(case: OptimizerCase) -> dict[str, Tensor]:
     return parameters_of(model)
 
 
+def sits_out(case: OptimizerCase, parallel: Parallel, parts: list[Tensor]) -> dict[str, Tensor]:
+    """The layer that only the first process calls gets no gradient in the first step, then as every other."""
+    model = parallel(seeded(Branches))
+    optimizer = case(model)
+    for step, x in enumerate(parts):
+        optimizer.zero_grad()
+        mean_loss(model(x)).backward()
+        for name, p in model.named_parameters():
+            p.grad = None if step == 0 and "sometimes" in name else p.grad
+        optimizer.step()
+    return parameters_of(model)
+
+
 def resumed(case: OptimizerCase, parallel: Parallel) -> dict[str, Tensor]:
     """A checkpoint after the first step, taken up by another optimizer on the same model."""
     model = parallel(net())
@@ -300,6 +313,12 @@ def scenarios() -> Iterable[tuple[str, Callable[[], Any]]]:
         )
     for name in BRANCH_CASES:
         yield f"branches {name}", lambda name=name: branches(CASES[name])
+    for name in FAR_CASES:
+        parallel = lambda model: DistributedDataParallel(model, find_unused_parameters=True)  # noqa: E731
+        yield (
+            f"sits out {name}",
+            lambda name=name, parallel=parallel: sits_out(CASES[name], parallel, my_part(branch_batches()[:2])),
+        )
     case = CASES["whitening"]
     yield "alone", lambda: alone(case)
     for what in ("tensor parallel", "flattened", "different models"):

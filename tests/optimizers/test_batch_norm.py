@@ -231,6 +231,21 @@ def test_groups_keep_what_is_their_own():
     train(model, optimizer, batches(2))
 
 
+@pytest.mark.parametrize("lr", [0.0, torch.tensor(0.0)], ids=["number", "tensor"])
+def test_a_warm_up_may_begin_at_zero(lr):
+    model = network()
+    optimizer = whitening_without_bound(model, 0.02, rule="sgd")
+    optimizer.fold_batch_norm(lr=lr)
+    (group,) = optimizer.param_groups
+    assert group["reference_lr"] is None  # 0 is no scale to go by: as in the constructor the rate is the radius
+    before = copy.deepcopy(dict(model.named_parameters()))
+    train(model, optimizer, batches(1))
+    torch.testing.assert_close(dict(model.named_parameters()), before, rtol=0, atol=0)
+    group["lr"] = 0.1
+    train(model, optimizer, batches(1))
+    assert not torch.equal(model[0].weight, before["0.weight"])
+
+
 def test_layers_that_are_not_trained_may_be_folded():
     model = network()
     model[:6].requires_grad_(False)

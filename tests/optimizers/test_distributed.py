@@ -100,6 +100,12 @@ def test_a_layer_that_some_or_all_processes_do_not_call(results, name):
     assert_all_are(results, f"branches {name}", expected)
 
 
+@pytest.mark.parametrize("name", ranks.FAR_CASES)
+def test_a_layer_that_one_process_called_may_sit_a_step_out(results, name):
+    expected = ranks.sits_out(ranks.CASES[name], lambda model: model, ranks.branch_batches()[:2])
+    assert_all_are(results, f"sits out {name}", expected)
+
+
 def test_a_group_of_one_process_trains_for_itself(results):
     for rank, result in enumerate(results):
         case = ranks.CASES["whitening"]

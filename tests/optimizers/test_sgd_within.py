@@ -12,6 +12,7 @@ from torch import nn
 from tests.cases import assert_same_parameters, mean_loss, small_batches, small_net, train, whitening_without_bound
 from tests.optimizers.oracles_whitening import Averages, StoredV, fan_in, observations
 from tests.oracles import tolerance
+from torchgeom_optim import WhiteningSGD
 
 SETTINGS = [
     {},
@@ -100,6 +101,19 @@ def test_momentum_of_parameters_without_a_layer_goes_on():
     train(theirs, sgd, [second])
     for name in ("norm.weight", "norm.bias", "shift"):
         torch.testing.assert_close(ours.get_parameter(name), theirs.get_parameter(name), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rule", ["trust_region", "whitening", "whitening_second_order", "fan_in"])
+def test_a_layer_of_which_sgd_knew_but_the_momentum_cannot_be_stepped_without_a_call(rule):
+    theirs, ours = (nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(2))
+    sgd = torch.optim.SGD(theirs.parameters(), 0.02, momentum=0.9)
+    train(theirs, sgd, [torch.randn(8, 4)])
+    optimizer = WhiteningSGD(ours, 0.02, momentum=0.9, rule=rule)
+    optimizer.load_state_dict(sgd.state_dict())
+    mean_loss(ours[0](torch.randn(8, 4))).backward()
+    ours[1].weight.grad = torch.ones(4, 4)
+    with pytest.raises(RuntimeError, match=r"layer '1' has a gradient, but no pass.*Nothing was changed"):
+        optimizer.step()
 
 
 @pytest.mark.parametrize("bias", [True, False])

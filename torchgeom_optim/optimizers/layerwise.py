@@ -307,7 +307,8 @@ class LayerwiseOptimizer(Optimizer):
                     layer.calls = [self._with_extras(call, extras)]
             yield
             for layer in layers:
-                if (moments := layer.output_moments()) is not None:
+                # Of a layer that is not stepped only the processes that called it know them; states have to agree.
+                if layer in active and (moments := layer.output_moments()) is not None:
                     self.state[layer.weight]["output_mean"] = moments.mean
         except BaseException:
             for layer, calls in own:
@@ -345,7 +346,7 @@ class LayerwiseOptimizer(Optimizer):
             return
         heard = any(layer.calls for layer in active)
         for layer in active:
-            if layer.calls or (heard and self.state.get(layer.weight)):  # one that sat out goes by what is known
+            if layer.calls or (heard and self._is_known(layer)):  # one that sat out goes by what is known
                 continue
             names = {module: name for name, module in self._model.named_modules()} if self._model is not None else {}
             raise RuntimeError(
@@ -355,6 +356,10 @@ class LayerwiseOptimizer(Optimizer):
                 "torch.compiler.reset() after building it. If the weight is used without calling its layer, "
                 "put its parameters into a group with rule='sgd'. Nothing was changed."
             )
+
+    def _is_known(self, layer: AffineLayer) -> bool:
+        """Whether a layer that was not called can be stepped by what earlier calls have told."""
+        return bool(self.state.get(layer.weight))
 
     def _descend(self, group: dict[str, Any], directions: Mapping[int, Tensor]) -> None:
         """Let torch's own SGD take the step, along the directions in place of the gradients."""

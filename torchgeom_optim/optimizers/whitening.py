@@ -209,9 +209,7 @@ class WhiteningSGD(LayerwiseOptimizer):
             by_radius = lr is None and group["rule"] == "trust_region" and self._model is not None
             if lr is None:
                 lr = group["trust_radius"] if by_radius else _LR
-            by_radius = by_radius or float(lr) == 0.0  # which is no scale to go by
-            reference = None if by_radius else lr.clone() if isinstance(lr, Tensor) else lr
-            param_group = {"reference_lr": reference, **param_group, "lr": lr}
+            param_group = {"reference_lr": None if by_radius else _reference(lr), **param_group, "lr": lr}
         super().add_param_group(param_group)
 
     def _watch_layers(self) -> None:
@@ -227,6 +225,15 @@ class WhiteningSGD(LayerwiseOptimizer):
 
     def _wants_outputs(self, layer: AffineLayer) -> bool:
         return self._probes(layer)
+
+    def _is_known(self, layer: AffineLayer) -> bool:
+        rule, known = self._group_of[layer]["rule"], self.state.get(layer.weight, {})
+        needs = {
+            "input_mean": rule in _WHITENED,
+            "sharing": rule != "trust_region",
+            "output_grad_sq": rule == "whitening_second_order",
+        }
+        return all(key in known for key, is_needed in needs.items() if is_needed)
 
     def _on_call(self, module: nn.Module, x: Tensor, y: Tensor) -> Callable[[Tensor], None] | None:
         on_output_grad = super()._on_call(module, x, y)
@@ -389,7 +396,7 @@ class WhiteningSGD(LayerwiseOptimizer):
             raise RuntimeError(
                 "got an optimizer without a model; need WhiteningSGD(model, ...) to fold its batch norm."
             )
-        new = {"rule": rule} if lr is None else {"rule": rule, "lr": lr, "reference_lr": lr}
+        new = {"rule": rule} if lr is None else {"rule": rule, "lr": lr}
         for index, group in enumerate(self.param_groups):
             self._check_group({**group, **new}, f"group {index}")
         folded = fold_batch_norm(self._model)
@@ -403,8 +410,8 @@ class WhiteningSGD(LayerwiseOptimizer):
                 if key in group:
                     group[key] = [group[key][k] for k in keep]
             group.update(new)
-            if isinstance(lr, Tensor):
-                group.update(lr=lr.clone(), reference_lr=lr.clone())
+            if lr is not None:
+                group.update(lr=lr.clone() if isinstance(lr, Tensor) else lr, reference_lr=_reference(lr))
         for f in folded:
             of_weight = self._group_of_parameter.get(f.layer._parameters["weight"])
             if f.created_bias and of_weight is not None:
@@ -413,6 +420,13 @@ class WhiteningSGD(LayerwiseOptimizer):
                     of_weight["param_names"].append(f"{f.layer_name}.bias")
         self._watch_layers()
         return folded
+
+
+def _reference(lr: float | Tensor) -> float | Tensor | None:
+    """The learning rate at the start, in a memory of its own; 0 is no scale to go by."""
+    if float(lr) == 0.0:
+        return None
+    return lr.clone() if isinstance(lr, Tensor) else lr
 
 
 @lru_cache(maxsize=64)  # making them takes a while
