@@ -6,6 +6,7 @@ import copy
 import gc
 import io
 import pickle
+from functools import partial
 from typing import Any
 
 import pytest
@@ -23,6 +24,8 @@ from tests.cases import (
     tensors_of,
     train,
 )
+from torchgeom_optim.optimizers.metric_grid import FINEST_BLOCK
+from torchgeom_optim.optimizers.natural_gradient import BlockNaturalGradient
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
@@ -129,6 +132,20 @@ def test_checkpoint_of_another_model_is_refused_and_nothing_changes(case: Optimi
     with pytest.raises(ValueError, match="size of"):  # torch's own message
         optimizer.load_state_dict(short)
     train(ours, optimizer, [x])
+
+
+@pytest.mark.parametrize(("metric", "block"), FINEST_BLOCK.items())
+def test_statistics_alone_tell_another_model(metric, block):
+    ours, other, same, x = nn.Linear(4, 5), nn.Linear(4, 3), nn.Linear(4, 5), torch.randn(6, 4)
+    build = partial(BlockNaturalGradient, lr=0.01, metric=metric, block=block)
+    optimizer, foreign, fitting = build(ours), build(other), build(same)
+    for model, opt in ((ours, optimizer), (other, foreign), (same, fitting)):
+        train(model, opt, [x])
+    before = tensors_of(optimizer.state_dict())
+    with pytest.raises(ValueError, match=r"shape.*another model"):
+        optimizer.load_state_dict(foreign.state_dict())
+    torch.testing.assert_close(tensors_of(optimizer.state_dict()), before, rtol=0, atol=0)
+    optimizer.load_state_dict(fitting.state_dict())
 
 
 @every_case

@@ -554,6 +554,22 @@ def test_momentum_of_sgd_is_taken_over():
             torch.testing.assert_close(p - start, (1 + 0.9 * 4) * (q - start), **tolerance(condition=1e4))
 
 
+@pytest.mark.parametrize("metric", ["kronecker", "whitening", "fisher_diagonal"])
+def test_shallow_copies_of_layers_and_empty_batches_tell_nothing(metric):
+    models = [small_net(), small_net()]
+    for model, looks in zip(models, (False, True), strict=True):
+        optimizer = BlockNaturalGradient(model, 0.01, metric, "layer")
+        x = small_batches(1)[0]
+        mean_loss(model(x)).backward()
+        if looks:
+            copied = copy.copy(model.head)  # carries the hooks of the layer
+            y = copied(torch.randn(2, copied.in_features))
+            assert y.shape == (2, copied.out_features)
+            model(x[:0]).sum().backward()
+        optimizer.step()
+    assert_same_parameters(*models)
+
+
 def test_functions_of_the_step_are_asked():
     asked: list[int] = []
     model = small_net()

@@ -337,15 +337,13 @@ def _exact(part: Part, factors: Pooled, invert: bool, with_samples: bool) -> Sol
     return Solved(lambda g: cholesky_product(known, g), cholesky_product(known, part.gradient), True, norms)
 
 
-def shapes_of_statistics(
-    p: Tensor, layer: AffineLayer | None, values: Mapping[str, Any], block: str
-) -> dict[str, tuple[int, ...]]:
+def shapes_of_statistics(p: Tensor, layer: AffineLayer | None, metric: str, block: str) -> dict[str, tuple[int, ...]]:
     """What a parameter's state may look like, to tell that of another model.
 
     Args:
         p: the parameter.
         layer: whose weight it is, if it is one.
-        values: its state.
+        metric: of the optimizer.
         block: of the optimizer.
 
     Returns:
@@ -355,9 +353,11 @@ def shapes_of_statistics(
     shape = shape[::-1] if layer is not None and layer.is_embedding else shape
     needs: dict[str, tuple[int, ...]] = dict.fromkeys(("grad_sq", "bias_row", "sample_sq", "sample_row"), shape)
     needs["norm_sq"] = {"weight": shape, "unit": shape[:1]}.get(block, ())
-    if layer is not None and "output_factor" in values:
-        groups, q = layer.groups, math.prod(shape[1:]) + (layer.bias is not None)
-        needs["input_factor"] = (groups, q) if layer.is_embedding else (groups, q, q)
+    if layer is not None:
+        groups, m, q = layer.groups, layer.num_units // layer.groups, math.prod(shape[1:]) + (layer.bias is not None)
+        needs |= {"sample_bias_sq": (layer.num_units,), "fisher": (1, layer.num_units * q, layer.num_units * q)}
+        needs["input_factor"] = (1, q) if layer.is_embedding else (groups, q, q)
+        needs["output_factor"] = (groups, m) if metric == "kronecker_diagonal" else (groups, m, m)
     return needs
 
 

@@ -320,7 +320,9 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
             self._capture.close()
 
     def _on_call(self, module: nn.Module, x: Tensor, y: Tensor) -> Callable[[Tensor], None] | None:
-        layer = self._layer_of[module]
+        layer = self._layer_of.get(module)
+        if layer is None or y.numel() == 0:  # as in super()
+            return None
         if (kind := self._kind) is None or not self._is_due(layer, self._factor_interval):
             return super()._on_call(module, x, y)
         call = FactorCall(
@@ -349,6 +351,11 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
     def _check_calls(self, active: list[AffineLayer]) -> None:
         if self._needs_calls:
             super()._check_calls(active)
+
+    def _is_known(self, layer: AffineLayer) -> bool:
+        if self._expectation == "fan_in" and "sharing" not in self.state.get(layer.weight, {}):
+            return False
+        return super()._is_known(layer)
 
     def _is_seen(self, layer: AffineLayer) -> bool:
         return self._needs_calls and super()._is_seen(layer)
@@ -446,7 +453,7 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
         return RuleReport(rows)
 
     def _needed_shapes(self, parameter: Tensor, values: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        own = shapes_of_statistics(parameter, self._layer_with(parameter), values, self.block)
+        own = shapes_of_statistics(parameter, self._layer_with(parameter), self.metric, self.block)
         return super()._needed_shapes(parameter, values) | own
 
     def _adapted(self, state_dict: dict[str, Any]) -> dict[str, Any]:
