@@ -393,6 +393,25 @@ def test_a_checkpoint_of_a_layer_with_other_outputs_is_refused():
 
 
 @pytest.mark.parametrize("build", [hidden_network, lambda: nn.Embedding(6, 3, sparse=True)], ids=["layers", "sparse"])
+def test_a_batch_whose_squares_overflow_is_forgotten_at_once(build):
+    model = build().float()
+    x = torch.arange(6) if isinstance(model, nn.Embedding) else torch.randn(16, 6)
+    optimizer = WhiteningSGD(model)
+    plain_step(model, optimizer, x)
+    known = {p: state["change_sq"].clone() for p, state in optimizer.state.items() if "change_sq" in state}
+    before = copy.deepcopy(model.state_dict())
+    optimizer.zero_grad()
+    (model(x).sin().mean() * 1e25).backward()
+    optimizer.step()
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=1e-6)
+    for p, change_sq in known.items():
+        torch.testing.assert_close(optimizer.state[p]["change_sq"], change_sq)
+    plain_step(model, optimizer, x)
+    for name, p in model.named_parameters():
+        assert float((p - before[name]).detach().abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("build", [hidden_network, lambda: nn.Embedding(6, 3, sparse=True)], ids=["layers", "sparse"])
 def test_gradients_whose_squares_overflow_do_not_stop_it_for_good(build):
     """In float32 the squares of 1e20 are infinite; in the step itself nothing moves, later on it goes on."""
     model = build().float()

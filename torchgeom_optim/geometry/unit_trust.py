@@ -43,8 +43,9 @@ def spread_floor(mean_spread_sq: Tensor, input_sq: Tensor, share: float = FLAT_S
 def expected_change(past: Tensor, change_sq: Tensor, decay: float) -> Tensor:
     """E[r_j^2], a running average that one batch cannot fill with infinity for good.
 
-    Where r_j^2 itself overflows (float32: gradients of 1e20) the step is 0; the average, which is cut off at a
-    sixteenth of the largest number so that means over a layer stay finite, decays from then on.
+    Where r_j^2 itself overflows (float32: gradients of 1e20) the step is 0 and the average stays what it was. If there
+    is none yet it begins at a sixteenth of the largest number, the bound of all averages, with which means over a layer
+    are finite, and decays from then on.
 
     Args:
         past: the average so far; before the first batch, its r_j^2.
@@ -55,7 +56,9 @@ def expected_change(past: Tensor, change_sq: Tensor, decay: float) -> Tensor:
         The new average, [m]. Elementwise: vectors of several layers may be joined.
     """
     largest = torch.finfo(change_sq.dtype).max / 16
-    return torch.lerp(past.clamp(max=largest), change_sq.clamp(max=largest), 1 - decay)
+    past = past.clamp(max=largest)
+    now = torch.where(change_sq.isinf(), past, change_sq.clamp(max=largest))
+    return torch.lerp(past, now, 1 - decay)
 
 
 def relative_change(change_sq: Tensor, expected_change_sq: Tensor, spread_sq: Tensor) -> Tensor:
