@@ -120,7 +120,9 @@ class ObservedPass:
         return tuple(name for name in self.kwargs if name in OF_SEVERAL_BATCHES)
 
     def batch(self) -> Batch:
-        """Inputs and targets; where some arguments came by position and some by name, all go by name.
+        """Inputs and targets; where some arguments came by position and some by name, or as None, all go by name.
+
+        Arguments that are None by default as well (``mask=None``) are left out: samples have no share in them.
 
         Returns:
             The batch.
@@ -129,11 +131,15 @@ class ObservedPass:
             TypeError: they cannot, since the model takes ``*args``.
         """
         kwargs = {name: value for name, value in self.kwargs.items() if name not in OF_SEVERAL_BATCHES}
-        if not (self.args and kwargs and self.signature is not None):
+        has_none = any(value is None for value in (*self.args, *kwargs.values()))
+        if self.signature is None or not (has_none or (self.args and kwargs)):
             return Batch.of_call(self.args, kwargs, self.targets)
         named: dict[str, Any] = {}
         for name, value in self.signature.bind(*self.args, **kwargs).arguments.items():
-            kind = self.signature.parameters[name].kind
+            parameter = self.signature.parameters[name]
+            kind = parameter.kind
+            if value is None and parameter.default is None:
+                continue
             if kind is inspect.Parameter.VAR_POSITIONAL:
                 raise TypeError(f"the model takes *{name}: it must be called by position alone, or by name alone.")
             named.update(value if kind is inspect.Parameter.VAR_KEYWORD else {name: value})

@@ -565,6 +565,45 @@ def test_arguments_that_a_pass_cannot_be_made_again_with():
     assert record.batch_size == 6
 
 
+def test_arguments_that_are_none():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = network()
+
+        def forward(self, x, mask=None, shift=None):
+            x = x if mask is None else x * mask
+            return self.body(x if shift is None else x + shift)
+
+    class Needing(Masked):
+        def forward(self, x, mask):
+            return self.body(x if mask is None else x * mask)
+
+    model, criterion = Masked().eval(), nn.CrossEntropyLoss()
+    (x, y), *_ = batches(1)
+    for others, reference in (({}, {"x": x}), ({"shift": x}, {"x": x, "shift": x})):
+        wanted = Diagnostics(model, criterion, metrics="cheap").measure(reference, y)
+        for args, kwargs in (
+            ((x,), {"mask": None, **others}),
+            ((), {"x": x, "mask": None, **others}),
+            ((x, None), others),
+        ):
+            with Diagnostics(model, criterion, every=1, metrics="cheap").attach() as diagnostics:
+                criterion(model(*args, **kwargs), y).backward()
+            (record,) = diagnostics.history
+            same_gram_metrics(record, wanted)
+            number = wanted.values["weight_condition_number"]
+            assert record.values["weight_condition_number"] == pytest.approx(number, rel=1e-3)
+    model = Needing().eval()  # a pass without the argument is none
+    with Diagnostics(model, criterion, every=1, metrics="cheap").attach() as diagnostics:
+        loss = criterion(model(x, None), y)
+        with pytest.warns(RuntimeWarning, match="cannot be computed anew"):
+            loss.backward()
+    (record,) = diagnostics.history
+    assert any("holds a NoneType" in note for note in record.notes)
+    assert math.isfinite(record.values["gradient_coherence"])
+
+
 def test_several_losses_on_one_pass_are_not_mixed_up():
     model, criterion = network().eval(), nn.CrossEntropyLoss()
     (x, y), *_ = batches(1)

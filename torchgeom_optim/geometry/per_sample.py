@@ -54,11 +54,11 @@ class Batch:
             ValueError: the tensors do not all have the same number of samples, at least one.
         """
         leaves = [*tensors_of(self.inputs), *(() if self.targets is None else tensors_of(self.targets))]
-        wrong = next((leaf for leaf in leaves if not isinstance(leaf, Tensor)), None)
-        if wrong is not None:
+        wrong = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]  # None may be one
+        if wrong:
             raise TypeError(
-                f"the batch holds a {type(wrong).__name__}: inputs and targets must be tensors, or tuples or dicts of "
-                f"tensors; bind other arguments in a module of your own."
+                f"the batch holds a {type(wrong[0]).__name__}: inputs and targets must be tensors, or tuples or dicts "
+                f"of tensors; bind other arguments in a module of your own."
             )
         lengths = {leaf.shape[0] if leaf.dim() > 0 else 0 for leaf in leaves}
         if len(lengths) != 1 or lengths == {0}:
