@@ -7,7 +7,7 @@ import copy
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -107,9 +107,11 @@ def compact(model: nn.Module, example_inputs: Any, *, latency_rounds: int = 0, s
     Followed are Linear, Conv1d-3d (plain or depthwise), batch norms, elementwise functions, dropout, pooling, means
     over positions, flatten and reshape, sums, products and concatenations. Of an ``nn.MultiheadAttention``, inside of
     torch's transformer layers too, those heads go whose values are zero or multiplied by zeros alone; what is left is a
-    :class:`~torchgeom_optim.models.fewer_heads.FewerHeadsAttention`. Units that lead into anything else (an attention
-    written with linear layers, layer norm, slicing, a layer used twice, tied weights, a reshape to a fixed size, the
-    network's outputs), and units of a sum that are constant in one term alone, stay and are named in ``report.kept``.
+    :class:`~torchgeom_optim.models.fewer_heads.FewerHeadsAttention`, around which an ``nn.TransformerEncoder`` takes no
+    nested tensors: at padded positions it then returns what it does with gradients, not zeros. Units that lead into
+    anything else (an attention written with linear layers, layer norm, slicing, a layer used twice, tied weights, a
+    reshape to a fixed size, the network's outputs), and units of a sum that are constant in one term alone, stay and
+    are named in ``report.kept``.
 
     The copy's class and names are the original's, its layers are narrower; it has no gradients, and masks of
     ``torch.nn.utils.prune`` and parametrizations are made permanent in it. Its forward is the original's code: a branch
@@ -146,12 +148,13 @@ def compact(model: nn.Module, example_inputs: Any, *, latency_rounds: int = 0, s
         raise ValueError(f"latency_rounds={latency_rounds}: must be 0 or more; 20 is a common start.")
     args, kwargs = _call_arguments(example_inputs)
     smaller = _plain_copy(model)
+    heads, heads_kept = _heads(smaller)
+    _without_nested_tensors(smaller, heads)
     with private_evaluation(smaller), torch.no_grad():
         expected = smaller(*_own(args), **_own(kwargs))
         traced = trace(smaller, _own(args), _own(kwargs))
         flow = ChannelFlow(smaller, traced)
         removal = plan_removal(flow)
-        heads, heads_kept = _heads(smaller)
         kept = {name: Counter(reasons) for name, reasons in (removal.kept | heads_kept).items()}
         if strict and kept:
             name, counts = next(iter(kept.items()))
@@ -241,6 +244,15 @@ def _heads(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
         elif bool(idle.any()):
             kept[name] = [reason or ""] * int(idle.sum())
     return stay, kept
+
+
+def _without_nested_tensors(model: nn.Module, heads: Iterable[str]) -> None:
+    """Switch torch's own way off for padded batches, around attentions that are about to be replaced."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.TransformerEncoder) and any(
+            own.startswith(f"{name}." if name else "") for own in heads
+        ):
+            module.use_nested_tensor = False
 
 
 def _narrow(layer: Layer, removal: Removal) -> None:

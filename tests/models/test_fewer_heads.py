@@ -118,6 +118,35 @@ def test_a_transformer_whose_heads_a_path_has_cut():
     assert "heads=1 of 4" in repr(smaller)
 
 
+@pytest.mark.parametrize("alone", [False, True])
+def test_padded_batches_in_torchs_own_encoder(alone):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 4, 16, dropout=0.0, batch_first=True).double()
+    encoder = nn.TransformerEncoder(layer, 2)
+    without(encoder.layers[1].self_attn, 0, 2)
+    model = (encoder if alone else Padded(encoder)).eval()
+    padding = torch.arange(5) >= torch.tensor([[5], [3], [4]])
+    x = drawn(3, 5, 8)
+    for inputs in (x, {"src": x, "src_key_padding_mask": padding}):
+        smaller, report = compact(model, inputs)
+        assert [new for _, new in report.widths.values()] == [2]
+        for grad in (torch.enable_grad, torch.no_grad):
+            with grad():
+                found, wanted = (m(x, src_key_padding_mask=padding) for m in (smaller, model))
+                torch.testing.assert_close(found[~padding], wanted[~padding], **CLOSE)
+                torch.testing.assert_close(smaller(x), model(x), **CLOSE)
+    assert encoder.use_nested_tensor
+
+
+class Padded(nn.Module):
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, src: Tensor, src_key_padding_mask: Tensor | None = None) -> Tensor:
+        return self.encoder(src, src_key_padding_mask=src_key_padding_mask)
+
+
 class Custom(nn.MultiheadAttention):
     pass
 
