@@ -21,6 +21,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from torchgeom_optim.geometry.private_evaluation import private_evaluation
 from torchgeom_optim.models.gradnet_steps import (
+    SUMS,
     Layer,
     Record,
     UnsupportedBaseError,
@@ -174,6 +175,9 @@ class GateProgram:
             if tangent and still_zero:
                 zero.add(step.node)
             given, kwargs = map_arg((step.args, step.kwargs), (lambda n: values[n.name]) if still_zero else of)
+            if tangent and not still_zero and step.function in SUMS:
+                given = tuple(x if isinstance(x, Tensor) else 0 for x in given)
+                kwargs = {name: 0 if name == "other" and not isinstance(x, Tensor) else x for name, x in kwargs.items()}
             values[step.node] = run_step(step, given, kwargs, None, record)
         output: Tensor = values[self._output]
         return output

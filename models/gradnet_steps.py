@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 __all__ = [
+    "SUMS",
     "Layer",
     "Record",
     "Step",
@@ -343,10 +344,11 @@ _LINEAR_MODULES = {
 }  # fmt: skip
 _POOLS = {nn.MaxPool1d: F.max_pool1d, nn.MaxPool2d: F.max_pool2d, nn.MaxPool3d: F.max_pool3d}
 _POOL_KEYS = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
+# Linear in tensors; a number that they are given is none, and has no derivative.
+SUMS = {operator.add, operator.iadd, operator.sub, torch.add}
 _LINEAR_FUNCTIONS = {
-    operator.add, operator.iadd, operator.sub, operator.getitem, torch.add, torch.flatten, torch.mean, torch.cat,
-    torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze, F.avg_pool2d, F.adaptive_avg_pool2d,
-    getattr,
+    *SUMS, operator.getitem, torch.flatten, torch.mean, torch.cat, torch.reshape, torch.permute, torch.transpose,
+    torch.squeeze, torch.unsqueeze, F.avg_pool2d, F.adaptive_avg_pool2d, getattr,
 }  # fmt: skip
 _SCALINGS = {operator.mul, operator.truediv}
 _LINEAR_METHODS = {

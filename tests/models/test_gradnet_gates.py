@@ -36,6 +36,21 @@ class Residual(nn.Module):
         return self.head(x.mean((2, 3)).view(x.size(0), -1))
 
 
+class Constants(nn.Module):
+    """Numbers that are added, from either side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(1.0 - x)) + 1.0
+        x = torch.add(2.0 - x, 3, alpha=0.5) - x.size(1)
+        x = torch.add(x, other=1.5)
+        x += 1
+        return self.second(F.relu(x)) + x.size(0)
+
+
 def stack(*layers: nn.Module) -> Callable[[], nn.Module]:
     return lambda: nn.Sequential(*(copy.deepcopy(layer) for layer in layers))
 
@@ -63,6 +78,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     ),
     "one axis": (stack(nn.Conv1d(2, 4, 3), nn.ReLU(), nn.MaxPool1d(2), nn.Flatten(), nn.Linear(12, 3)), (2, 8)),
     "residual": (Residual, (2, 4, 4)),
+    "constants": (Constants, (4,)),
 }  # fmt: skip
 
 
