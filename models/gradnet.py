@@ -201,7 +201,7 @@ class GradNet(nn.Module):
         Raises:
             ValueError: bad settings, labels, features or losses; the head is then what it was.
             TypeError: data that can be gone through only once; likewise.
-            RuntimeError: whatever the base raises on the data; likewise.
+            Exception: whatever the base and the loader raise; likewise.
         """
         make = optimizer or DEFAULT_OPTIMIZERS[self.method]
         if patience is not None and validation is None:
@@ -235,7 +235,7 @@ class GradNet(nn.Module):
             self.history = fit_head(
                 head, batches, self._loss, self.num_classes, settings, validate, generator, num_batches
             )
-        except (ValueError, TypeError, RuntimeError):
+        except Exception:  # whatever a loader raises too
             self.head = before
             raise
         return self

@@ -113,7 +113,7 @@ def fit_head(
         ValueError: labels out of range, classes missing, a loss that is not finite, a checkpoint of another fit. The
             head is then what it was.
         TypeError: data that are no pairs; likewise.
-        RuntimeError: whatever the base raises on the data; likewise.
+        Exception: whatever the base and the loader raise; likewise.
     """
     before = copy.deepcopy(head.state_dict())
     optimizer = settings.make_optimizer([p for p in head.parameters() if p.requires_grad])
@@ -140,7 +140,7 @@ def fit_head(
                 state.epoch += 1
                 if settings.checkpoint is not None:
                     _save(Path(settings.checkpoint), settings.identity, head, optimizer, generator, state)
-    except (ValueError, TypeError, RuntimeError):
+    except Exception:  # whatever a loader raises too
         head.load_state_dict(before)
         head.train(mode)
         raise

@@ -71,16 +71,19 @@ def compensate(
     options = {"of": head, "select": select, "class_dim": class_dim, "parameters": names, **jacobian_options}
     wanted = FunctionMetric(teacher, samples.inputs, **options).values()
     before = reduced.coefficients.detach().clone()
-    for _ in range(rounds):
-        step = _gauss_newton(
-            reduced, FunctionMetric(reduced.merge(), samples.inputs, **options), wanted, iterations, damping
-        )
-        if not bool(torch.isfinite(step).all()):
-            reduced.coefficients.copy_(before)
-            raise ValueError(
-                "the step is not finite: the metric is too singular for it. Take more damping, or samples that differ."
-            )
-        reduced.coefficients.add_(step)
+    try:
+        for _ in range(rounds):
+            jacobian = FunctionMetric(reduced.merge(), samples.inputs, **options)
+            step = _gauss_newton(reduced, jacobian, wanted, iterations, damping)
+            if not bool(torch.isfinite(step).all()):
+                raise ValueError(
+                    "the step is not finite: the metric is too singular for it. Take more damping, or samples that "
+                    "differ."
+                )
+            reduced.coefficients.add_(step)
+    except Exception:
+        reduced.coefficients.copy_(before)
+        raise
     reduced.report = None
     return reduced
 

@@ -264,6 +264,25 @@ def test_bad_data_changes_nothing(method, batches, error, named):
     assert all(module.training for module in model.modules())
 
 
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_a_loader_that_fails_changes_nothing(calibrated):
+    class Failing(list):
+        passes = 0
+
+        def __iter__(self) -> Iterator:
+            self.passes += 1
+            yield from super().__iter__()
+            if self.passes > 2:
+                raise OSError("the disk is gone")
+
+    gradnet = GradNet(base(), C, method="linearised", sample=DATA[0][0] if calibrated else None)
+    before = copy.deepcopy(gradnet.state_dict())
+    with pytest.raises(OSError, match="the disk is gone"):
+        gradnet.fit(Failing(DATA), 4)
+    assert gradnet.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in gradnet.state_dict().items())
+
+
 def test_missing_classes_may_be_accepted():
     good().fit(relabelled(1), 1, missing_classes=True)
 

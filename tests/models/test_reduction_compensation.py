@@ -99,3 +99,21 @@ def test_bad_input() -> None:
     with pytest.raises(ValueError, match="finite"):
         compensate(reduced, model, MiniBatch(x * math.nan, None, len(x)))
     assert torch.equal(reduced.coefficients.detach(), before)
+
+
+def test_a_failure_in_a_later_round_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = network(), inputs(20)
+    reduced = decompose(model, x).reduced(10, measure=False)
+    before, merge, rounds = reduced.coefficients.detach().clone(), reduced.merge, []
+
+    def failing() -> nn.Module:
+        rounds.append(reduced.coefficients.detach().clone())
+        if len(rounds) == 2:
+            raise OSError("gone")
+        return merge()
+
+    monkeypatch.setattr(reduced, "merge", failing)
+    with pytest.raises(OSError, match="gone"):
+        compensate(reduced, model, MiniBatch(x, None, len(x)))
+    assert not torch.equal(rounds[1], before)  # the first round had moved them
+    assert torch.equal(reduced.coefficients.detach(), before)
