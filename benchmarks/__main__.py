@@ -32,8 +32,22 @@ def is_done(name: str, threads: int, results: Path = RESULTS, begun: Path = BEGU
     Returns:
         Whether it can be left out.
     """
+    return not (begun / name).exists() and is_from_here(name, threads, results)
+
+
+def is_from_here(name: str, threads: int, results: Path = RESULTS) -> bool:
+    """Whether a question's result, be it whole or not, is of this machine, so that it can be gone on from.
+
+    Args:
+        name: of the question.
+        threads: that it would run with.
+        results: folder of the results.
+
+    Returns:
+        Whether there is one, with the same processor, torch and threads.
+    """
     record = load(name, results)
-    if record is None or (begun / name).exists():
+    if record is None:
         return False
     then, now = record["environment"], environment()
     return then["threads"] == threads and all(then[key] == now[key] for key in ("cpu", "torch", "accelerator"))
@@ -66,8 +80,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not options.smoke:
             mark.parent.mkdir(parents=True, exist_ok=True)
             mark.touch()
-        again = ["--again"] if options.again and "--again" in _options_of(name) else []
-        command = [sys.executable, "-m", f"benchmarks.{name}", *handed_on, *again]
+        further = ["--again"] if options.again else []
+        if not (options.again or options.smoke) and is_from_here(name, options.threads):
+            further = ["--resume"]
+        further = [option for option in further if f'"{option}"' in _options_of(name) and option not in handed_on]
+        command = [sys.executable, "-m", f"benchmarks.{name}", *handed_on, *further]
         if subprocess.run(command, cwd=ROOT, check=False).returncode:
             failed.append(name)
         elif not options.smoke:

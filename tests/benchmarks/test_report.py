@@ -130,6 +130,8 @@ def test_a_result_of_this_machine_is_left_out_and_any_other_is_not(tmp_path):
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun" / "q").touch()
     assert not done(record({}))  # it was interrupted
+    assert runner.is_from_here("q", threads, tmp_path)
+    assert not runner.is_from_here("q", threads + 1, tmp_path)
 
 
 def test_the_runner_marks_what_it_begins_and_goes_on_after_a_failure(tmp_path, monkeypatch, capsys):
@@ -147,7 +149,10 @@ def test_the_runner_marks_what_it_begins_and_goes_on_after_a_failure(tmp_path, m
     monkeypatch.setattr(runner, "BEGUN", tmp_path)
     monkeypatch.setattr(runner, "questions", lambda: dict.fromkeys("abc", "?"))
     monkeypatch.setattr(runner, "is_done", lambda name, threads: name == "c")
-    monkeypatch.setattr(runner, "_options_of", lambda name: '"--again"' if name == "c" else "")
+    monkeypatch.setattr(runner, "is_from_here", lambda name, threads: name != "a")
+    monkeypatch.setattr(
+        runner, "_options_of", lambda name: {"a": '"--resume"', "b": "", "c": '"--again" "--resume"'}[name]
+    )
     monkeypatch.setattr(runner.subprocess, "run", run)
     with pytest.raises(SystemExit, match="failed: b"):
         runner.main(["--root", "DIR"])
@@ -159,6 +164,10 @@ def test_the_runner_marks_what_it_begins_and_goes_on_after_a_failure(tmp_path, m
     assert commands[-1][2:] == ["benchmarks.c", "--threads", "1", "--again"]
     runner.main(["--only", "c", "--smoke"])
     assert commands[-1][2:] == ["benchmarks.c", "--threads", "1", "--smoke"]
+    monkeypatch.setattr(runner, "is_done", lambda name, threads: False)  # it was interrupted, and has a result of here
+    runner.main(["--only", "c"])
+    assert commands[-1][2:] == ["benchmarks.c", "--threads", "1", "--resume"]
+    monkeypatch.setattr(runner, "is_done", lambda name, threads: name == "c")
     count = len(commands)
     runner.main(["--list"])
     assert len(commands) == count
