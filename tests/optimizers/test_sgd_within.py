@@ -13,6 +13,7 @@ from tests.cases import assert_same_parameters, mean_loss, small_batches, small_
 from tests.optimizers.oracles_whitening import Averages, StoredV, fan_in, observations
 from tests.oracles import tolerance
 from torchgeom_optim import WhiteningSGD
+from torchgeom_optim.optimizers.natural_gradient import BlockNaturalGradient
 
 SETTINGS = [
     {},
@@ -101,6 +102,19 @@ def test_momentum_of_parameters_without_a_layer_goes_on():
     train(theirs, sgd, [second])
     for name in ("norm.weight", "norm.bias", "shift"):
         torch.testing.assert_close(ours.get_parameter(name), theirs.get_parameter(name), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("build", [WhiteningSGD, BlockNaturalGradient])
+def test_nothing_of_a_checkpoint_of_adam_is_taken_over(build):
+    """Its "step" and its averages would stay in every checkpoint from then on, and be taken for our own."""
+    theirs, ours = small_net(), small_net()
+    adam = torch.optim.Adam(theirs.parameters(), 0.02)
+    train(theirs, adam, small_batches(1))
+    optimizer = build(ours)
+    optimizer.load_state_dict(adam.state_dict())
+    assert not any(optimizer.state_dict()["state"].values())
+    assert adam.state_dict()["state"][0]["step"] == 1
+    train(ours, optimizer, small_batches(1))
 
 
 @pytest.mark.parametrize("rule", ["trust_region", "whitening", "whitening_second_order", "fan_in"])

@@ -416,6 +416,8 @@ class LayerwiseOptimizer(Optimizer):
             present = {key: value for key, value in own.items() if key != "params"}
             groups.append({**present, "params": group["params"]} if version == 0 else {**present, **group})
             for index in group["params"] if version == 0 else ():
+                for key in state.get(index, {}).keys() - {"momentum_buffer", "gradient_momentum"}:
+                    del state[index][key]  # what Adam knows of a parameter is nothing to us
                 if owner.get(index) in in_layers and "momentum_buffer" in state.get(index, {}):
                     state[index]["gradient_momentum"] = state[index].pop("momentum_buffer")
         for index, group in enumerate(groups):
