@@ -73,12 +73,13 @@ _RATES: dict[tuple[str, str], float] = {
 _DAMPING = {**dict.fromkeys((*WITH_MATRICES, "quasi_diagonal", "fisher_quasi_diagonal"), 1.0), "diagonal": 0.1}
 
 
-def default_lr(metric: str, block: str) -> float:
+def default_lr(metric: str, block: str, expectation: str) -> float:
     """A length of the step that suited three networks.
 
     Args:
         metric: one of the names above.
         block: a block, or "network".
+        expectation: "average", with which they were measured; others have another scale.
 
     Returns:
         The length.
@@ -86,6 +87,11 @@ def default_lr(metric: str, block: str) -> float:
     Raises:
         ValueError: none was measured.
     """
+    if expectation != "average":
+        raise ValueError(
+            f"lr=None with expectation={expectation!r}: need a number, as rates were measured with 'average', whose "
+            "steps have another scale; try lr=3 with 'fan_in', or half-decades from 0.03 on with 'per_sample'."
+        )
     if (metric, block) not in _RATES:
         others = ", ".join(f"{lr:g} for {other!r}" for (name, other), lr in _RATES.items() if name == metric)
         raise ValueError(

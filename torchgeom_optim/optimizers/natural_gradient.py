@@ -131,7 +131,8 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
             suited three small networks over 100 steps, decaying linearly to 0: "kronecker" 0.03 (units 0.003),
             "whitening" 0.03 (layers 0.1), "scale_free_whitening" 0.01, "fisher_diagonal" by layers and
             "fisher_quasi_diagonal" 0.003, "diagonal" by layers 0.001, "quasi_diagonal" 0.0003, "identity" by weights
-            0.001, else 1; other pairs of metric and block need a number.
+            0.001, by layers or as a network 1; other pairs of metric and block need a number, and so does another
+            ``expectation`` than "average".
         metric: see above; the same for all groups.
         block: see above; likewise.
         model: the module that the parameters belong to.
@@ -261,7 +262,7 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
             )
         norm_decay = (0.0 if metric in WITH_MATRICES else 0.95) if norm_decay == "auto" else norm_decay
         damping = default_damping(metric) if damping == "auto" else damping
-        lr = default_lr(metric, block) if lr is None else lr
+        lr = default_lr(metric, block, expectation) if lr is None else lr
         self.metric: Metric = metric
         self.block: Block | Literal["network"] = block
         self._norm_start, self._expectation = norm_start, expectation
@@ -286,7 +287,7 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
     # -- what LayerwiseOptimizer asks for --------------------------------------------------------------------------
 
     def _check_group(self, group: Mapping[str, Any], where: str) -> None:
-        check_range(group, "lr", where, hint="0.03 is a common start, None takes a default.")
+        check_range(group, "lr", where, hint="0.03 is a common start.")
         check_sgd_settings(group, where)
         check_range(group, "eps", where, hint="0 gives steps of exactly the wanted length.")
         check_range(group, "norm_decay", where, high=1.0, hint="0.95 averages over about 20 steps, 0 over one.")
