@@ -193,9 +193,9 @@ def _fim() -> list[Asked]:
     whole = Asked(
         "fim",
         "",
-        "whole spectrum, in units of a peer's ten largest eigenvalues",
+        "whole spectrum, in units of a peer's ten largest eigenvalues at 1e-5, processor time",
         "how_fast_is_a_whole_spectrum",
-        "ratio to *",
+        "cpu ratio",
         "candidate",
         {"": "whole spectrum, float64", "float32 products": "whole spectrum, float32*"},
         wanted="0.5",
