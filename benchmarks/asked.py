@@ -213,7 +213,7 @@ def _fim() -> list[Asked]:
     return [
         claims,
         *stiff,
-        *(_on(whole, job=f"*{network}*") for network in ("mlp2", "cnn3")),
+        *(_on(whole, network=network) for network in ("mlp2", "cnn3")),
         *(_on(large, network=network) for network in ("resnet18", "transformer")),
     ]
 
