@@ -32,7 +32,7 @@ ARROWS = {
     "torchgeom_optim.optimizers": CORE | {"torchgeom_optim.geometry", "torchgeom_optim._optional"},
     "torchgeom_optim.diagnostics": CORE | {"torchgeom_optim.geometry", "torchgeom_optim._optional"},
     "torchgeom_optim.models": CORE | {"torchgeom_optim.geometry", "torchgeom_optim._optional"},
-    "torchgeom_optim": {"torchgeom_optim.geometry", "torchgeom_optim.optimizers"},
+    "torchgeom_optim": {"torchgeom_optim.geometry", "torchgeom_optim.optimizers", "importlib.metadata"},
     # An example imports what its reader would; what it takes is in the extras.
     "examples": CORE | {"torchgeom_optim", "lightning", "sklearn", "torchvision", "tqdm", "transformers"},
     "benchmarks": None,  # stands above all but the tests
