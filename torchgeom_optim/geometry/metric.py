@@ -324,7 +324,7 @@ class QuasiDiagonalMetric(LayerMetric):
 
         Source: Ollivier adds a constant to the diagonal; ours is a share of the layer's mean, and by the
         Cauchy-Schwarz inequality leaves q_i >= damping * mean(A_ii) for averages of products. (A share of the unit's
-        own mean lets a unit that is silent in most batches step as far as others: training diverged.)
+        own mean lets a unit that is all but silent step many times as far as others: training diverged.)
 
         Args:
             weight_diagonal: A_ii of every unit, shape [m, n, *kernel].
