@@ -254,8 +254,9 @@ class _Bench:
             yield name, copy.deepcopy(model)
 
     def _reaches(self, model: nn.Module, level: float) -> bool:
-        """On a tenth of the test images first, which is cheap, and then on all."""
-        return all(_accuracy(model, self.data.test_inputs[::k], self.data.test_targets[::k]) >= level for k in (10, 1))
+        """On all test images, which are looked at where a tenth of them comes within two points (its noise) of it."""
+        wanted = ((10, level - 0.02), (1, level))
+        return all(_accuracy(model, self.data.test_inputs[::k], self.data.test_targets[::k]) >= at for k, at in wanted)
 
     def _loader(self) -> Loader:
         half = len(self.data.train_inputs) // 2
