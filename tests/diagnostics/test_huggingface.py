@@ -12,6 +12,7 @@ from torch import nn
 from tests.oracles import tolerance
 from torchgeom_optim.diagnostics import Diagnostics
 from torchgeom_optim.diagnostics.huggingface import huggingface_callback
+from torchgeom_optim.diagnostics.reading import verdicts
 from torchgeom_optim.geometry.gram_recorder import GramRecorder
 
 pytest.importorskip("transformers", reason="transformers is not installed")
@@ -112,6 +113,35 @@ def test_dropouts_masks_are_those_of_one_pass(rides):
         torch.testing.assert_close(found, flat @ flat.T, **tolerance(torch.float32))
     else:
         assert found == pytest.approx(float(flat.square().sum() / 4), rel=1e-6)
+
+
+def verdicts_while_training(model: nn.Module, steps: int = 40) -> set[tuple[str, str | None]]:
+    """Whatever is said at any time of sentences that count on from a token, as a network learns in so many steps."""
+    optimizer, said = torch.optim.AdamW(model.parameters(), lr=1e-2), set()
+    generator = torch.Generator().manual_seed(1)
+    with Diagnostics(model, every=2, metrics=["default", "free"]).attach(optimizer) as diagnostics:
+        for _ in range(steps):
+            tokens = (torch.randint(11, (8, 1), generator=generator) + torch.arange(6)) % 11
+            optimizer.zero_grad()
+            model(input_ids=tokens, labels=tokens).loss.backward()
+            optimizer.step()
+            said |= {(verdict.kind, verdict.layer) for verdict in verdicts(diagnostics.history)}
+    assert diagnostics.history[-1].loss < 0.5 * diagnostics.history[0].loss
+    return said
+
+
+@pytest.mark.parametrize(("dropout", "num_layers"), [(0.0, 2), (0.0, 6), (0.1, 2)])
+def test_a_healthy_network_is_told_of_nothing(dropout, num_layers):
+    assert verdicts_while_training(gpt2(dropout, num_layers, width=32)) == set()
+
+
+def test_a_block_of_unequal_scale_is_told():
+    model = gpt2(num_layers=4, width=32)
+    feed = model.transformer.h[0].mlp
+    with torch.no_grad():
+        feed.c_fc.weight.div_(200.0)
+        feed.c_proj.weight.mul_(200.0)
+    assert ("exploding gradients", "transformer.h.0.mlp.c_fc") in verdicts_while_training(model)
 
 
 def test_the_number_of_items_of_all_micro_batches_is_left_out(tmp_path):
