@@ -394,11 +394,11 @@ def _without_hooks(model: nn.Module) -> Iterator[None]:
 
 def _compare(signature: _Signature, probe: _Signature | None, num_samples: int) -> tuple[_Axis, ...]:
     size = 3 if num_samples == 2 else 2
-    unknown = tuple[_Axis, ...](["other"] * len(signature))
+    unknown: list[_Axis] = ["other"] * len(signature)
     if probe is None:
-        return unknown
+        return tuple(unknown)
     if [module for module, _ in signature] != [module for module, _ in probe]:
-        return unknown  # another way through the model: nothing can be told
+        return tuple(unknown)  # another way through the model: nothing can be told
 
     def axis(shape: torch.Size, other: torch.Size) -> _Axis:
         if shape == other:
