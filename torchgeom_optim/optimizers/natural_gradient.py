@@ -168,7 +168,8 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
         ValueError: a hyper-parameter out of its range, a metric that couples the wanted blocks, or parameters that
             the model does not own.
         TypeError: a value of the wrong type.
-        RuntimeError: at :meth:`step`, when a layer's inputs are needed and no pass with gradients went through it.
+        RuntimeError: at :meth:`step`, when a layer's inputs are needed and no pass with gradients went through it, or
+            when one of several processes is lost; nothing was changed.
         NotPositiveDefiniteError: at :meth:`step`; nothing was changed.
         FloatingPointError: at :meth:`step`: gradients that are not finite; nothing was changed.
 
