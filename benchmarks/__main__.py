@@ -1,7 +1,8 @@
 """Every benchmark in turn, taken up again where it was interrupted: ``make benchmarks ARGS="--root DIR"``.
 
 A question is left out if it was measured on this processor with this torch and as many threads, and its run came to its
-end. Questions whose benchmarks keep what they have measured go on from there. Other options are handed on.
+end. Questions whose benchmarks keep what they have measured go on from there, as they do if a time of theirs was over.
+Other options are handed on.
 """
 
 from __future__ import annotations
@@ -32,7 +33,21 @@ def is_done(name: str, threads: int, results: Path = RESULTS, begun: Path = BEGU
     Returns:
         Whether it can be left out.
     """
-    return not (begun / name).exists() and is_from_here(name, threads, results)
+    return not (begun / name).exists() and is_whole(name, results) and is_from_here(name, threads, results)
+
+
+def is_whole(name: str, results: Path = RESULTS) -> bool:
+    """Whether a question's result, if there is one, has all that is to be measured.
+
+    Args:
+        name: of the question.
+        results: folder of the results.
+
+    Returns:
+        False where it says itself that it is unfinished.
+    """
+    record = load(name, results)
+    return record is None or not record.get("unfinished", False)
 
 
 def is_from_here(name: str, threads: int, results: Path = RESULTS) -> bool:
@@ -70,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--list", action="store_true", help="say what is done and what is not, and run nothing")
     options, handed_on = parser.parse_known_args(argv)
     handed_on += ["--threads", str(options.threads), *(["--smoke"] if options.smoke else [])]
-    failed = []
+    failed, unfinished = [], []
     for number, name in enumerate(options.only or known, 1):
         done = is_done(name, options.threads) and not options.again and not options.smoke
         print(f"== {number} of {len(options.only or known)}: {name}{': done' if done else ''}", flush=True)
@@ -87,10 +102,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         command = [sys.executable, "-m", f"benchmarks.{name}", *handed_on, *further]
         if subprocess.run(command, cwd=ROOT, check=False).returncode:
             failed.append(name)
+        elif not options.smoke and not is_whole(name):
+            unfinished.append(name)
         elif not options.smoke:
             mark.unlink()
-    if failed:
-        sys.exit(f"failed: {', '.join(failed)}")
+    said = {"failed": failed, "unfinished, to be gone on with by the same command": unfinished}
+    if failed or unfinished:
+        sys.exit("; ".join(f"{what}: {', '.join(names)}" for what, names in said.items() if names))
 
 
 def _options_of(name: str) -> str:

@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
                     if result.has(name, seed, method):
                         continue
                     if time.process_time() > 60 * options.minutes:
-                        result.write()
+                        result.write(unfinished=True)
                         print(f"{options.minutes} minutes are over; start again to go on")
                         return
                     if (data, seed) not in benches:
@@ -125,9 +125,9 @@ class _Result:
     def add(self, run: dict[str, Any]) -> None:
         self.runs.append({**run, "commit": self.options.environment["commit"]})
         print(", ".join(f"{key} {value}" for key, value in run.items()), flush=True)
-        self.write(table=False)
+        self.write(table=False, unfinished=True)
 
-    def write(self, *, table: bool = True) -> None:
+    def write(self, *, table: bool = True, unfinished: bool = False) -> None:
         rows: list[dict[str, object]] = []
         for name, case in CASES.items():
             of_case = [run for run in self.runs if run["case"] == name]
@@ -145,9 +145,8 @@ class _Result:
                         {"case": name, "method": method, "seeds": len(of_method), **medians, **figures, **wanted}
                     )
         numbers = {"network": "cnn_small", "batch": BATCH, "summary": rows, "runs": self.runs}
-        write_result(
-            NAME, numbers, self.options, seeds=sorted({run["seed"] for run in self.runs}), rows=rows if table else ()
-        )
+        seeds = sorted({run["seed"] for run in self.runs})
+        write_result(NAME, numbers, self.options, seeds=seeds, rows=rows if table else (), unfinished=unfinished)
 
 
 _loaded: dict[str, Dataset] = {}

@@ -291,6 +291,7 @@ def write_result(
     *,
     seeds: Sequence[int],
     rows: Sequence[Mapping[str, object]] = (),
+    unfinished: bool = False,
 ) -> Path:
     """Print a table and write ``benchmarks/results/<name>.json``.
 
@@ -302,6 +303,7 @@ def write_result(
         options: from :func:`start`.
         seeds: seeds of the runs.
         rows: the table to print and to keep for benchmarks/README.md, if any.
+        unfinished: whether something is still to be measured: the result says so, and does not pass for a whole one.
 
     Returns:
         The path written to.
@@ -316,6 +318,7 @@ def write_result(
         "seeds": list(seeds),
         "numbers": numbers,
         "rows": list(rows),
+        **({"unfinished": True} if unfinished else {}),
     }
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"

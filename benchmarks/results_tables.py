@@ -135,13 +135,14 @@ def environment_line(record: Mapping[str, Any]) -> str:
         record: a result.
 
     Returns:
-        Command, versions, processor, threads, commit and date.
+        Command, versions, processor, threads, commit and date; and whether something is still to be measured.
     """
     at = record["environment"]
     changed = " (sources changed)" if at["dirty"] else ""
     where = f"torch {at['torch']}, {at['cpu']}, {at['threads']} thread{'s' if at['threads'] != 1 else ''}"
     when = f"commit {str(at['commit'])[:7]}{changed}, {at['date'][:10]}"
-    return f"`{record['command']}`; {where}; {when}"
+    unfinished = "; not all of it is measured yet" if record.get("unfinished") else ""
+    return f"`{record['command']}`; {where}; {when}{unfinished}"
 
 
 def _flat_rows(rows: Sequence[Row]) -> list[Row]:

@@ -125,13 +125,13 @@ def main(argv: list[str] | None = None) -> None:
             if any((run["figure"], run["setting"], run["seed"]) == (figure, setting, seed) for run in runs):
                 continue
             if time.process_time() > 60 * options.minutes:
-                _write(runs, data, options)
+                _write(runs, data, options, unfinished=True)
                 print(f"{options.minutes} minutes are over; start again to go on")
                 return
             bench = bench or _Bench(data, seed, options)
             new = bench.paper(group) if isinstance(first, Setting) else bench.ours(*group)  # type: ignore[arg-type]
             runs += [{**run, "seed": seed, "commit": options.environment["commit"]} for run in new]
-            _write(runs, data, options, table=False)
+            _write(runs, data, options, table=False, unfinished=True)
     _write(runs, data, options)
 
 
@@ -204,7 +204,9 @@ def _run(figure: str, setting: str, accuracy: float, loss: float, seconds: float
     return {"figure": figure, "setting": setting, "accuracy": accuracy, "last_loss": loss, "seconds": seconds}
 
 
-def _write(runs: list[dict], data: Dataset, options: argparse.Namespace, *, table: bool = True) -> None:
+def _write(
+    runs: list[dict], data: Dataset, options: argparse.Namespace, *, table: bool = True, unfinished: bool = False
+) -> None:
     rows = []
     for figure, setting in dict.fromkeys((run["figure"], run["setting"]) for run in runs):
         found = [run for run in runs if (run["figure"], run["setting"]) == (figure, setting)]
@@ -216,7 +218,8 @@ def _write(runs: list[dict], data: Dataset, options: argparse.Namespace, *, tabl
         "network": "cnn_small", "data": data.title, "images": options.images, "epochs": options.epochs,
         "test images": options.test, "conclusions": _conclusions(runs, options.test), "summary": rows, "runs": runs,
     }  # fmt: skip
-    write_result(NAME, numbers, options, seeds=sorted({run["seed"] for run in runs}), rows=rows if table else ())
+    seeds = sorted({run["seed"] for run in runs})
+    write_result(NAME, numbers, options, seeds=seeds, rows=rows if table else (), unfinished=unfinished)
 
 
 def _conclusions(runs: list[dict], test: int) -> list[dict[str, object]]:

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torchgeom_optim.geometry.gram import _frozen_statistics, _scale
 from torchgeom_optim.geometry.per_sample import Batch
 from torchgeom_optim.geometry.private_evaluation import private_evaluation, with_weights
+from torchgeom_optim.geometry.sample_losses import sample_gradients
 
 __all__ = ["BatchGradient"]
 
@@ -88,7 +89,10 @@ class BatchGradient:
         """
 
         def read(weights: dict[str, Tensor], outputs: Any, losses: Tensor) -> list[dict[str, Tensor]]:
-            return [_named(weights, self._loss_of_one(i, outputs, losses), retain=True) for i in indices]
+            scale = _scale(losses, self._loss_fn, self._reduction, self.num_samples)
+            leaves = list(weights.values())
+            rows = sample_gradients(leaves, indices, self._loss_fn, self.batch, outputs, losses, scale)
+            return [dict(zip(weights, row, strict=True)) for row in rows]
 
         return self._evaluate(read)
 
@@ -171,12 +175,6 @@ class BatchGradient:
     def _mean(self, losses: Tensor) -> Tensor:
         return losses.sum() * (_scale(losses, self._loss_fn, self._reduction, self.num_samples) / self.num_samples)
 
-    def _loss_of_one(self, i: int, outputs: Any, losses: Tensor) -> Tensor:
-        if losses.dim() > 0:
-            return losses[i].sum()
-        one = self.batch.map(lambda x: x[i : i + 1])
-        return one.loss(self._loss_fn, tree_map(lambda x: x[i : i + 1], outputs)).sum()
-
     def _evaluate(
         self,
         read: _Read[T],
@@ -203,10 +201,8 @@ class BatchGradient:
             return with_weights(model, weights, dict(model.named_buffers()), work)
 
 
-def _named(weights: dict[str, Tensor], loss: Tensor, retain: bool = False) -> dict[str, Tensor]:
-    gradients = torch.autograd.grad(
-        loss, list(weights.values()), retain_graph=retain, allow_unused=True, materialize_grads=True
-    )
+def _named(weights: dict[str, Tensor], loss: Tensor) -> dict[str, Tensor]:
+    gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True, materialize_grads=True)
     return dict(zip(weights, gradients, strict=True))
 
 

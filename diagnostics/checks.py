@@ -15,6 +15,7 @@ from statistics import median
 from torchgeom_optim.diagnostics.history import History, Record
 from torchgeom_optim.diagnostics.trends import (
     RECENT,
+    alike_layers,
     curvature_ratio,
     loss_fall,
     noise_scale,
@@ -46,12 +47,11 @@ __all__ = [
 CURVATURE_EXPLAINS, CURVATURE_FAULT, CURVATURE_LOW = 1.0, 5.0, 0.01
 # McCandlish et al. 2018: a batch at the noise scale wastes neither steps nor samples; a factor of 10 wastes 90 %.
 NOISE_FACTOR = 10.0
-LAYER_SPAN = 1e3  # relative gradients of the layers of a network that trains lie within two decades
+LAYER_SPAN = 1e3  # relative gradients of alike layers of a network that trains lie within two decades
 DEAD = 1e-12  # of the largest layer's relative gradient: zero, but for rounding
 EXPLODED = 100.0  # |g| / |w| of the whole network; networks that train have 0.01 to 10
 COLLAPSED_RANK = 1.5  # stable rank; 1 is a batch whose gradients all lie along one line
 AGREEING = 0.5  # coherence; gradients that lie along one line since they agree are no fault
-SOLVED = 0.01  # of the first loss: few samples have a loss left then, and theirs is the gradient
 SHATTERED_INPUT_RANK = 0.15  # thesis, section 4.2.1: most networks above it at initialisation did not converge
 SHATTERED_BATCH = 32  # the ranks of few samples are near 1 whatever the network; the thesis has 64
 CONFUSED = 0.5  # the thesis gives no number: two gradients at more than 120 degrees
@@ -154,11 +154,12 @@ def layer_gradients(history: History) -> list[Verdict]:
     rows = [relative_gradients(record) for record in history[-RECENT:]]
     rows = [{layer: value for layer, value in row.items() if value > 0.0} for row in rows]
     common = [layer for layer in (rows[-1] if rows else {}) if all(layer in row for row in rows)]
-    if len(common) < 2:
-        return []
     typical = {layer: median(row[layer] for row in rows) for layer in common}
-    low, high = min(common, key=typical.__getitem__), max(common, key=typical.__getitem__)
-    if not typical[high] > LAYER_SPAN * typical[low]:
+    # The widest span of all.
+    groups = [[layer for layer in group if layer in typical] for group in alike_layers(history[-1])]
+    ends = [(min(group, key=typical.__getitem__), max(group, key=typical.__getitem__)) for group in groups if group]
+    low, high = max(ends, key=lambda pair: typical[pair[1]] / typical[pair[0]], default=("", ""))
+    if not ends or not typical[high] > LAYER_SPAN * typical[low]:
         return []
     vanishing = common.index(low) < common.index(high)
     return [
@@ -262,12 +263,13 @@ def batch_too_large(history: History) -> list[Verdict]:
 
 
 def collapsed_rank(history: History) -> list[Verdict]:
-    """Gradients along one line that do not even agree: something outweighs the samples."""
+    """Gradients along one line that do not even agree, of a loss that never fell: something outweighs the samples."""
+    if not stopped_falling(history, since=0):  # small batches have that on good ways too, or what is left of a loss
+        return []
     batch = float(history[-1].batch_size)
     rank = recent_median(history, _value("relative_gradient_rank"))
     coherence = recent_median(history, _value("gradient_coherence"))
-    solved = recent_median(history, lambda record: record.loss) < SOLVED * history[0].loss
-    if not rank * batch < COLLAPSED_RANK or batch < 4 or coherence > AGREEING or solved:
+    if not rank * batch < COLLAPSED_RANK or batch < 4 or coherence > AGREEING:
         return []
     return [
         Verdict(

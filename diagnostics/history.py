@@ -33,6 +33,7 @@ class Record:
         notes: what a reader of the numbers has to know ("batch norm couples the samples", ...).
         learning_rate: of the first parameter group, None without an optimizer.
         spectrum: name -> eigenvalues in descending order, such as ``"fisher"`` and ``"data"``.
+        vector_layers: layers that have no matrix, such as normalisations: their gradients are of another size.
 
     Example:
         >>> record = Record(step=3, time_s=0.1, loss=2.5, batch_size=8, values={"weight_norm": 4.0},
@@ -50,6 +51,7 @@ class Record:
     notes: tuple[str, ...] = ()
     learning_rate: float | None = None
     spectrum: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    vector_layers: tuple[str, ...] = ()
 
     def flat(self) -> dict[str, float]:
         """What a logger is given: the loss, the learning rate, ``metric``, and ``metric/layer``; no spectrum."""
@@ -90,6 +92,7 @@ class Record:
                 notes=tuple(str(note) for note in raw.get("notes", ())),
                 learning_rate=None if learning_rate is None else float(learning_rate),
                 spectrum={name: tuple(map(float, row)) for name, row in raw.get("spectrum", {}).items()},
+                vector_layers=tuple(map(str, raw.get("vector_layers", ()))),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{line[:60]!r}: must be a record as Record.to_json writes it ({error!r}).") from error

@@ -47,7 +47,9 @@ class Diagnostics:
     - *The model* is seen in the mode that it is in. Where batch normalization couples the samples, a gradient is the
       sample's contribution to the batch gradient, and a note says so; ``freeze_statistics`` measures with running
       statistics instead, in a pass of its own. Dropout's masks are those of the pass; further passes share one mask.
-      Under autocast further passes are in full precision.
+      Where a parameter has no layer rule (a bare one, packed attention), the Gram matrix under dropout is of such a
+      pass, with a backward pass for each sample; a loss of the model's own is then told apart by the logits that it
+      returns beside it. Under autocast further passes are in full precision.
     - *Compiled models* (``torch.compile(model)``) are measured in an uncompiled pass of their own.
     - *Under DistributedDataParallel* numbers are of the batches of all processes together, and equal in each: when a
       step is measured, every process gets the others' samples and makes passes of its own over all of them, so that
@@ -419,6 +421,7 @@ class Diagnostics:
             notes=tuple(measurement.notes),
             learning_rate=lr,
             spectrum=measurement.spectrum,
+            vector_layers=self._layers.vectors,
         )
         try:
             self.history.append(record)

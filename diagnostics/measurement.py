@@ -89,6 +89,8 @@ class Options:
 class Layers:
     """Which trainable parameters make up which layer; groups are the whole network, then layer by layer.
 
+    ``vectors`` names the layers without a matrix.
+
     Args:
         model: the module.
         per_layer: whether layers are wanted beside the whole network.
@@ -107,6 +109,8 @@ class Layers:
             self.members[row, layers[name]] = 1
         numels = [p.numel() for p in self.parameters.values()]
         self.sizes = [sum(numels), *(sum(numels[k] for k in layers[name]) for name in self.names)]
+        axes = [p.dim() for p in self.parameters.values()]
+        self.vectors = tuple(name for name in self.names if all(axes[k] < 2 for k in layers[name]))
 
     def stacked(self, total: Tensor, layers: Mapping[str, Tensor] | None) -> Tensor:
         """One Gram matrix for each group: [G, b, b]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from statistics import median
 
@@ -10,6 +11,7 @@ from torchgeom_optim.diagnostics.history import History, Record
 
 __all__ = [
     "RECENT",
+    "alike_layers",
     "curvature_ratio",
     "loss_fall",
     "noise_scale",
@@ -151,3 +153,24 @@ def relative_gradients(record: Record) -> dict[str, float]:
     gradients, weights = record.layers.get("gradient_norm", {}), record.layers.get("weight_norm", {})
     ratios = {layer: g / weights[layer] for layer, g in gradients.items() if weights.get(layer, 0.0) > 0.0}
     return {layer: ratio for layer, ratio in ratios.items() if math.isfinite(ratio)}
+
+
+def alike_layers(record: Record) -> list[list[str]]:
+    """Layers that can be compared over depth: matrices, by their names without numbers.
+
+    In a healthy transformer relative gradients span four decades, as its normalisations have gains of 1 where its
+    matrices start at 0.02, and what writes to the residual stream at less; over its depth each kind spans one.
+
+    Args:
+        record: one record.
+
+    Returns:
+        Groups in the order of the record, as ``h.0.attn`` and ``h.1.attn``; what has no like is a group together.
+    """
+    kinds: dict[str, list[str]] = {}
+    for layer in relative_gradients(record):
+        if layer not in record.vector_layers:
+            kinds.setdefault(re.sub(r"\d+", "#", layer), []).append(layer)
+    return [group for group in kinds.values() if len(group) > 1] + [
+        [layer for group in kinds.values() if len(group) == 1 for layer in group]
+    ]

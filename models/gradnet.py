@@ -180,6 +180,9 @@ class GradNet(nn.Module):
     ) -> GradNet:
         """Train the head; the base stays as it is.
 
+        An interrupted fit (Ctrl-C) leaves the head as it was before: with ``checkpoint`` the same call goes on after
+        the last whole epoch, and ends where it would have ended; without, nothing of it is left.
+
         Args:
             data: mini-batches (inputs, labels) that can be gone through again, such as a DataLoader, with random
                 transforms if you like; or what :meth:`cache` returned.
@@ -201,7 +204,7 @@ class GradNet(nn.Module):
         Raises:
             ValueError: bad settings, labels, features or losses; the head is then what it was.
             TypeError: data that can be gone through only once; likewise.
-            Exception: whatever the base and the loader raise; likewise.
+            BaseException: whatever the base and the loader raise, and interruptions; likewise.
         """
         make = optimizer or DEFAULT_OPTIMIZERS[self.method]
         if patience is not None and validation is None:
@@ -235,7 +238,7 @@ class GradNet(nn.Module):
             self.history = fit_head(
                 head, batches, self._loss, self.num_classes, settings, validate, generator, num_batches
             )
-        except Exception:  # whatever a loader raises too
+        except BaseException:  # whatever a loader raises, and interruptions
             self.head = before
             raise
         return self

@@ -113,7 +113,8 @@ def fit_head(
         ValueError: labels out of range, classes missing, a loss that is not finite, a checkpoint of another fit. The
             head is then what it was.
         TypeError: data that are no pairs; likewise.
-        Exception: whatever the base and the loader raise; likewise.
+        BaseException: whatever the base and the loader raise, and interruptions; likewise. The checkpoint keeps the
+            epochs that are over.
     """
     before = copy.deepcopy(head.state_dict())
     optimizer = settings.make_optimizer([p for p in head.parameters() if p.requires_grad])
@@ -140,7 +141,7 @@ def fit_head(
                 state.epoch += 1
                 if settings.checkpoint is not None:
                     _save(Path(settings.checkpoint), settings.identity, head, optimizer, generator, state)
-    except Exception:  # whatever a loader raises too
+    except BaseException:  # whatever a loader raises, and Ctrl-C: a head half trained is none
         head.load_state_dict(before)
         head.train(mode)
         raise
@@ -243,8 +244,11 @@ def _save(
         "generator": generator.get_state(),
         "state": dict(vars(state)),
     }
-    torch.save(contents, partial)
-    partial.replace(path)
+    try:
+        torch.save(contents, partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _resumed(path: Path, identity: str, head: nn.Module, optimizer: Optimizer, generator: torch.Generator) -> _State:

@@ -26,11 +26,11 @@ from torchgeom_optim.geometry.spectrum import jacobian_spectrum
 from torchgeom_optim.models.reduced_model import ReducedModel
 from torchgeom_optim.models.reduction_basis import BasisName, DenseDirections, Directions, layer_directions
 from torchgeom_optim.models.reduction_decomposition import Decomposition, importances, number_of
+from torchgeom_optim.models.reduction_metric import MetricName, head_of
 from torchgeom_optim.models.reduction_report import outputs_of, take_samples
 
-__all__ = ["ImportanceName", "MetricName", "decompose", "reduce_model"]
+__all__ = ["ImportanceName", "decompose", "reduce_model"]
 
-MetricName = Literal["fisher", "outputs"]
 ImportanceName = Literal["loss", "eigenvalue", "magnitude"]
 _CALIBRATION_SAMPLES = 1024
 
@@ -128,9 +128,8 @@ def decompose(
     Raises:
         ValueError: an unknown name; weights that are not finite; samples that are all equal; data that run dry.
     """
-    for name, value, known in (
-        ("metric", metric, MetricName), ("basis", basis, BasisName), ("importance", importance, ImportanceName)
-    ):  # fmt: skip
+    head = head_of(metric)
+    for name, value, known in (("basis", basis, BasisName), ("importance", importance, ImportanceName)):
         if value not in get_args(known):
             raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, get_args(known)))}.")
     bad = [name for name, p in model.named_parameters() if p.is_floating_point() and not bool(torch.isfinite(p).all())]
@@ -142,7 +141,7 @@ def decompose(
     options = {"select": select, "class_dim": class_dim, **jacobian_options}
     if basis == "exact":
         options.setdefault("dtype", torch.float64)
-    jacobian = Jacobian(model, samples.inputs, of="sqrt_probabilities" if metric == "fisher" else "outputs", **options)
+    jacobian = Jacobian(model, samples.inputs, of=head, **options)
     named = {name: p.detach() for name, p in model.named_parameters() if name in jacobian.vectors.shapes}
     origin = _center(center, named)
     offset = named if origin is None else {name: p - origin[name] for name, p in named.items()}

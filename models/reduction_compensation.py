@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from torchgeom_optim.geometry.compensation import compensated_step
 from torchgeom_optim.geometry.function_metric import FunctionMetric
-from torchgeom_optim.geometry.heads import HeadName
 from torchgeom_optim.geometry.mini_batches import MiniBatch
 from torchgeom_optim.models.reduced_model import ReducedModel
+from torchgeom_optim.models.reduction_metric import head_of
 
 __all__ = ["compensate"]
 
@@ -66,9 +66,8 @@ def compensate(
             raise ValueError(f"{name}={value}: must be at least 1; 2 rounds of 10 iterations are the default.")
     if not 0.0 < damping < math.inf:
         raise ValueError(f"damping={damping}: must be in (0, inf); 0.03 is the default.")
-    head: HeadName = "sqrt_probabilities" if metric == "fisher" else "outputs"
     names = tuple(reduced.weights())
-    options = {"of": head, "select": select, "class_dim": class_dim, "parameters": names, **jacobian_options}
+    options = {"of": head_of(metric), "select": select, "class_dim": class_dim, "parameters": names, **jacobian_options}
     wanted = FunctionMetric(teacher, samples.inputs, **options).values()
     before = reduced.coefficients.detach().clone()
     try:

@@ -17,14 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from torchgeom_optim.geometry.heads import HeadName
 from torchgeom_optim.geometry.jacobian import Jacobian
 from torchgeom_optim.geometry.mini_batches import MiniBatch, map_tensors, tensors_of
 from torchgeom_optim.models.reduced_model import ReducedModel
 from torchgeom_optim.models.reduction import decompose
 from torchgeom_optim.models.reduction_decomposition import Decomposition, importances, number_of
+from torchgeom_optim.models.reduction_metric import divergence, head_of
 from torchgeom_optim.models.reduction_report import take_samples
 
 __all__ = ["distil", "kept_at", "reduce_gradually"]
@@ -172,7 +171,7 @@ def distil(
         ``reduced`` itself; its report is gone, for it holds no more.
 
     Raises:
-        ValueError: data that run dry; the loss is not finite.
+        ValueError: an unknown metric; data that run dry; the loss is not finite.
     """
     training = _Distillation(teacher, reduced, metric, select, class_dim, optimizer or _adam(lr))
     batches = _mini_batches(
@@ -197,6 +196,7 @@ class _Distillation:
         class_dim: int,
         optimizer: OptimizerFactory,
     ) -> None:
+        head_of(metric)  # refuses an unknown one
         self._teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
         self._reduced = reduced
         self._modes = [(module, module.training) for module in reduced.modules()]
@@ -211,7 +211,7 @@ class _Distillation:
         with torch.no_grad():
             wanted = self._select(batch.call(self._teacher))
         with torch.enable_grad():
-            loss = _divergence(wanted, self._select(batch.call(self._reduced)), self._metric, self._class_dim)
+            loss = divergence(wanted, self._select(batch.call(self._reduced)), self._metric, self._class_dim)
             (gradient,) = torch.autograd.grad(loss, [self._reduced.coefficients])
         self._reduced.coefficients.grad = gradient
         self._optimizer.step()
@@ -250,23 +250,13 @@ class _Ranking:
             with torch.no_grad():
                 for name, value in reduced.weights().items():
                     own[name].copy_(value)
-            of: HeadName = "sqrt_probabilities" if decomposition.metric == "fisher" else "outputs"
-            inputs = _joined(batches)
             jacobian = Jacobian(
-                self._plain, inputs, of=of, select=decomposition.select, class_dim=decomposition.class_dim,
-                **self._options
+                self._plain, _joined(batches), of=head_of(decomposition.metric), select=decomposition.select,
+                class_dim=decomposition.class_dim, **self._options
             )  # fmt: skip
             diagonal = reduced.directions.diagonal(jacobian)[reduced.positions]
         ranking = importances(decomposition.importance, reduced.coefficients, diagonal)
         return ranking.topk(num).indices.sort().values
-
-
-def _divergence(wanted: Tensor, found: Tensor, metric: str, class_dim: int) -> Tensor:
-    """Mean over samples of KL(p_wanted || p), summed over positions, or of half the squared difference."""
-    if metric == "outputs":
-        return 0.5 * (found - wanted).square().sum() / len(found)
-    log_p, log_q = wanted.log_softmax(class_dim), found.log_softmax(class_dim)
-    return F.kl_div(log_q, log_p, reduction="sum", log_target=True) / len(found)
 
 
 def _mini_batches(data: Any, batch_size: int, device: torch.device, generator: torch.Generator) -> Iterator[MiniBatch]:

@@ -415,7 +415,7 @@ ZOO = [
     rule("frozen", Frozen, 5),
     Case("functional_use", FunctionalUse, (5,)),
     Case("functional_decoder", FunctionalDecoder, (4,), num_tokens=NUM_OUTPUTS),
-    Case("position_embedding", PositionEmbedding, (4,), num_tokens=7),
+    rule("position_embedding", PositionEmbedding, 4, num_tokens=7),
     Case("time_first", TimeFirst, (4, 5)),
     Case("lstm", lambda: Recurrent(nn.LSTM, True), (3, 4)),
     Case("gru_time_first", lambda: Recurrent(nn.GRU, False), (4, 4)),
@@ -424,7 +424,7 @@ ZOO = [
     Case("bare_parameter", BareParameter, (5,)),
     Case("overridden_forward", overridden_forward, (5,)),
     Case("parametrized", parametrized, (5,)),
-    Case("gpt_block", GPTBlock, (5,), num_tokens=NUM_OUTPUTS),
+    rule("gpt_block", GPTBlock, 5, num_tokens=NUM_OUTPUTS),
     Case("vision_transformer", VisionTransformer, (1, 4, 4)),
     Case("convnext_block", ConvNeXtBlock, (2, 6, 6)),
 ]

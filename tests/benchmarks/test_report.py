@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import benchmarks.__main__ as runner
-from benchmarks import report
+from benchmarks import does_a_gradnet_improve_a_frozen_network, report, which_gradnet_settings_matter
 from benchmarks.asked import ASKED, PAPERS, Asked
 from benchmarks.harness import environment
-from benchmarks.results_tables import cell, load, markdown, pick, tables
+from benchmarks.results_tables import cell, environment_line, load, markdown, pick, tables
 
 TIMING = {
     "baseline": "SGD",
@@ -132,6 +133,10 @@ def test_a_result_of_this_machine_is_left_out_and_any_other_is_not(tmp_path):
     assert not done(record({}))  # it was interrupted
     assert runner.is_from_here("q", threads, tmp_path)
     assert not runner.is_from_here("q", threads + 1, tmp_path)
+    (tmp_path / "begun" / "q").unlink()
+    assert done(record({}))
+    assert not done(record({}, unfinished=True))  # its time was over
+    assert runner.is_from_here("q", threads, tmp_path)
 
 
 def test_the_runner_marks_what_it_begins_and_goes_on_after_a_failure(tmp_path, monkeypatch, capsys):
@@ -167,8 +172,28 @@ def test_the_runner_marks_what_it_begins_and_goes_on_after_a_failure(tmp_path, m
     monkeypatch.setattr(runner, "is_done", lambda name, threads: False)  # it was interrupted, and has a result of here
     runner.main(["--only", "c"])
     assert commands[-1][2:] == ["benchmarks.c", "--threads", "1", "--resume"]
+    monkeypatch.setattr(runner, "is_whole", lambda name: False)
+    with pytest.raises(SystemExit, match=r"^unfinished.*same command: c$"):
+        runner.main(["--only", "c"])
+    with pytest.raises(SystemExit, match=r"^failed: b; unfinished.*: a$"):
+        runner.main(["--only", "a", "b"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
     monkeypatch.setattr(runner, "is_done", lambda name, threads: name == "c")
     count = len(commands)
     runner.main(["--list"])
     assert len(commands) == count
     assert "c: done" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("question", [does_a_gradnet_improve_a_frozen_network, which_gradnet_settings_matter])
+def test_a_benchmark_whose_time_is_over_says_so(question, tmp_path, capsys):
+    threads = torch.get_num_threads()
+    try:
+        question.main(["--smoke", "--minutes", "0", "--output", str(tmp_path)])
+    finally:
+        torch.set_num_threads(threads)
+    assert "0.0 minutes are over; start again to go on" in capsys.readouterr().out
+    made = json.loads((tmp_path / f"{question.NAME}.json").read_text())
+    assert made["unfinished"] is True
+    assert environment_line(made).endswith("; not all of it is measured yet")
+    assert "measured yet" not in environment_line(record({}))

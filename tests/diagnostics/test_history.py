@@ -25,6 +25,7 @@ RECORDS = st.builds(
     notes=st.lists(st.text(max_size=12), max_size=2).map(tuple),
     learning_rate=st.none() | NUMBERS,
     spectrum=st.dictionaries(NAMES, st.lists(NUMBERS, max_size=3).map(tuple), max_size=2),
+    vector_layers=st.lists(NAMES, max_size=2).map(tuple),
 )
 
 

@@ -31,7 +31,7 @@ FALLING = [2.3, 2.0, 1.7, 1.4, 1.2, 1.0, 0.9, 0.8, 0.7]
 FLAT = [2.3] * 9
 
 
-def run(losses=FALLING, *, layers=None, rate=0.1, batch=64, notes=(), **values) -> History:
+def run(losses=FALLING, *, layers=None, rate=0.1, batch=64, notes=(), vector_layers=(), **values) -> History:
     """A history; a value that is a list has one entry for each record."""
     layers = {"0": (1.0, 5.0), "2": (0.8, 6.0), "4": (0.5, 4.0)} if layers is None else layers
     history = History()
@@ -51,6 +51,7 @@ def run(losses=FALLING, *, layers=None, rate=0.1, batch=64, notes=(), **values) 
                 layers=by_layer,
                 notes=notes,
                 learning_rate=rate,
+                vector_layers=vector_layers,
             )
         )
     return history
@@ -93,7 +94,10 @@ CASES = {
         {"layers": {"0": (0.1, 1.0), "2": (0.2, 1.0), "4": (1.0, 1.0)}},
     ),
     ("exploding gradients", None): ({"gradient_norm": 5e3, "top_curvature": 8.0}, {"gradient_norm": 500.0}),
-    ("collapsed gradient rank", None): ({"relative_gradient_rank": 1 / 60}, {"relative_gradient_rank": 3 / 60}),
+    ("collapsed gradient rank", None): (
+        {"losses": FLAT, "relative_gradient_rank": 1 / 60},
+        {"losses": FLAT, "relative_gradient_rank": 3 / 60},
+    ),
     ("shattered gradients", None): (
         {"losses": FLAT, "relative_input_gradient_rank": 0.4},
         {"losses": FALLING, "relative_input_gradient_rank": 0.4},
@@ -126,9 +130,10 @@ def test_the_twin_is_silent(expected):
     assert kinds(run(**healthy)) == []
 
 
-def test_gradients_of_the_last_few_samples_are_no_collapse():
-    almost, solved = ([2.3, 1.0, 0.5, *[2.3 * share] * 6] for share in (0.02, 0.005))
-    assert kinds(run(almost, relative_gradient_rank=1 / 60)) == [("collapsed gradient rank", None)]
+def test_a_collapsed_rank_is_no_fault_where_the_loss_fell():
+    for count in (1, 3, 9):
+        assert kinds(run(FALLING[:count], relative_gradient_rank=1 / 60)) == []
+    solved = [2.3, 1.0, 0.5, *[0.01] * 6]  # few samples have a loss left, and theirs is the gradient
     assert kinds(run(solved, relative_gradient_rank=1 / 60)) == []
 
 
@@ -170,6 +175,22 @@ def test_a_head_that_starts_at_zero_is_not_dead():
     layers = {"0": ([0.0, 0.1, 0.2], 1.0), "2": ([0.0, 0.1, 0.2], 1.0), "4": (1.0, 1.0)}
     for count in (1, 2, 3):
         assert kinds(run(FALLING[:count], layers=layers)) == []
+
+
+def test_gradients_are_compared_over_depth_and_not_between_kinds_of_layers():
+    # As in a transformer: projections start small, and normalisations have gains of 1.
+    sizes = {"norm": 1e-4, "attn": 0.01, "project": 30.0}
+    layers = {f"h.{k}.{kind}": (size * (1 + k), 1.0) for k in range(3) for kind, size in sizes.items()}
+    vectors = ("h.0.norm", "h.1.norm", "h.2.norm")
+    assert kinds(run(layers={"embed": (1.0, 1.0), **layers}, vector_layers=vectors)) == []
+    broken = {**layers, "h.0.attn": (100.0, 1.0)}
+    assert kinds(run(layers=broken, vector_layers=vectors)) == [("exploding gradients", "h.0.attn")]
+    others = {"first": (0.1, 1.0), **layers, "head": (200.0, 1.0)}
+    assert kinds(run(layers=others, vector_layers=vectors)) == [("vanishing gradients", "first")]
+    # In a plain sequence names do not tell the kind.
+    sequence = {"0": (1.0, 1.0), "1": (1e-4, 1.0), "3": (0.5, 1.0)}
+    assert kinds(run(layers=sequence, vector_layers=("1",))) == []
+    assert kinds(run(layers=sequence)) == [("exploding gradients", "0")]
 
 
 def test_faults_silence_what_they_explain():

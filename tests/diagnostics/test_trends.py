@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from torchgeom_optim.diagnostics.history import History, Record
 from torchgeom_optim.diagnostics.trends import (
+    alike_layers,
     curvature_ratio,
     loss_fall,
     noise_scale,
@@ -106,3 +107,15 @@ def test_relative_gradients_keep_their_order():
     }
     record = Record(step=0, time_s=0.0, loss=1.0, batch_size=8, values={}, layers=layers)
     assert list(relative_gradients(record).items()) == [("b", 0.5), ("a", 2.0)]
+
+
+def test_alike_layers_are_matrices_of_one_name_but_for_numbers():
+    names = ["embed", "h.0.norm", "h.0.attn", "h.0.mlp1", "h.10.norm", "h.10.attn", "h.10.mlp1", "norm", "dead", "head"]
+    layers = {
+        "gradient_norm": dict.fromkeys(names, 1.0),
+        "weight_norm": {**dict.fromkeys(names, 1.0), "dead": 0.0},
+    }
+    norms = ("h.0.norm", "h.10.norm", "norm")
+    record = Record(step=0, time_s=0.0, loss=1.0, batch_size=8, values={}, layers=layers, vector_layers=norms)
+    assert alike_layers(record) == [["h.0.attn", "h.10.attn"], ["h.0.mlp1", "h.10.mlp1"], ["embed", "head"]]
+    assert alike_layers(Record(step=0, time_s=0.0, loss=1.0, batch_size=8, values={})) == [[]]

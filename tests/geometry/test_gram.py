@@ -1,5 +1,4 @@
 import copy
-import pickle
 
 import pytest
 import torch
@@ -7,42 +6,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from tests.oracles import per_sample_gradients, tolerance
-from tests.zoo import ZOO, Attention, Case, Recurrent, Transformer, resnet18_narrow
+from tests.geometry.oracles_gram import (
+    BY_NAME,
+    RaisesInBackward,
+    assert_grams_close,
+    assert_same_state,
+    expected_grams,
+    expected_input_gram,
+    gram_of,
+    state_of,
+)
+from tests.oracles import tolerance
+from tests.zoo import ZOO, Attention, Case, Transformer, resnet18_narrow
 from torchgeom_optim.geometry.gram import per_sample_gram
-from torchgeom_optim.geometry.gram_accumulator import layer_of
 from torchgeom_optim.geometry.gram_recorder import GramRecorder
-from torchgeom_optim.geometry.jacobian import Jacobian
-
-BY_NAME = {case.name: case for case in ZOO}
-
-
-def gram_of(rows: Tensor) -> Tensor:
-    rows = rows.reshape(len(rows), -1)
-    return rows @ rows.T
-
-
-def expected_grams(model: nn.Module, inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    gradients = per_sample_gradients(model, F.cross_entropy, inputs, targets)
-    return {name: gram_of(rows) for name, rows in gradients.items()}
-
-
-def expected_input_gram(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-    rows = []
-    for i in range(len(inputs)):
-        x = inputs[i : i + 1].clone().requires_grad_()
-        rows.append(torch.autograd.grad(F.cross_entropy(model(x), targets[i : i + 1]), x)[0])
-    return gram_of(torch.cat(rows))
-
-
-def assert_grams_close(actual: dict[str, Tensor], expected: dict[str, Tensor], condition: float = 100.0) -> None:
-    assert actual.keys() == expected.keys()
-    for name, gram in expected.items():
-        # An inner product of nearly orthogonal gradients is known relative to the gradients' lengths.
-        scale = gram.diagonal().max().clamp_min(torch.finfo(gram.dtype).tiny)
-        torch.testing.assert_close(actual[name] / scale, gram / scale, **tolerance(gram.dtype, condition), msg=name)
 
 
 @pytest.mark.parametrize("num_samples", [1, 3, 4])
@@ -65,24 +43,6 @@ def test_equals_a_loop_of_autograd(case: Case, num_samples: int):
         assert set(result.routes.values()) == {"rule"}
     else:
         assert set(result.routes.values()) > {"rule"}
-
-
-@pytest.mark.parametrize("case", ZOO, ids=repr)
-@pytest.mark.parametrize(("reduction", "loss_scale"), [("mean", 1.0), ("sum", 1.0), ("mean", 1024.0)])
-def test_recorder_takes_the_same_from_the_users_pass(case: Case, reduction: str, loss_scale: float):
-    model, (inputs, targets) = case.model(), case.batch()
-    inputs.requires_grad_(case.num_tokens is None)
-    loss_fn = nn.CrossEntropyLoss(reduction=reduction)
-    with GramRecorder(model, reduction=reduction, per_parameter=True, of_inputs=case.num_tokens is None) as recorder:
-        loss = loss_fn(model(inputs), targets)
-        (loss * loss_scale).backward()
-        result = recorder.result(loss_scale=loss_scale, loss=loss, loss_fn=loss_fn, targets=targets)
-    expected = expected_grams(model, inputs.detach(), targets)
-    assert_grams_close(result.parameters, expected)
-    assert_grams_close({"all": result.weights}, {"all": sum(expected.values())})
-    if case.num_tokens is None:
-        expected_inputs = expected_input_gram(model, inputs.detach(), targets)
-        assert_grams_close({"inputs": result.inputs}, {"inputs": expected_inputs})
 
 
 @pytest.mark.parametrize("forget", ["cross terms of the uses", "1/N", "a sample's order"])
@@ -269,29 +229,6 @@ def test_symmetric_semidefinite_and_equivariant(name: str, num_samples: int, see
     assert_grams_close({"": scaled}, {"": factor**2 * gram})
 
 
-def state_of(model: nn.Module) -> list[object]:
-    grads = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
-    values = [value.clone() for value in model.state_dict().values()]
-    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules()]
-    flags = [p.requires_grad for p in model.parameters()]
-    return [grads, values, hooks, flags, [m.training for m in model.modules()], torch.get_rng_state()]
-
-
-def assert_same_state(before: list[object], after: list[object]) -> None:
-    for old, new in zip(before, after, strict=True):
-        torch.testing.assert_close(new, old, rtol=0, atol=0)
-
-
-class RaisesInBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        raise ArithmeticError("in backward")
-
-
 @pytest.mark.parametrize("fail", [None, "forward", "loss", "backward"])
 @pytest.mark.parametrize("name", ["resnet18_narrow", "transformer", "lstm"])
 def test_own_pass_leaves_no_trace(name: str, fail: str | None):
@@ -317,103 +254,6 @@ def test_own_pass_leaves_no_trace(name: str, fail: str | None):
             per_sample_gram(model, loss_fn, inputs, targets, reduction="mean", freeze_statistics=True)
     assert_same_state(before, state_of(model))
     assert not inputs.requires_grad
-
-
-@pytest.mark.parametrize("name", ["resnet18_narrow", "cnn", "transformer", "tied_embedding", "lstm"])
-def test_training_does_not_feel_the_recorder(name: str):
-    case = BY_NAME[name]
-    runs = []
-    for is_recorded in (False, True):
-        model = case.model().train()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        torch.manual_seed(3)
-        losses = []
-        recorder = GramRecorder(model) if is_recorded else None
-        for step in range(4):
-            inputs, targets = case.batch(4, seed=step)
-            optimizer.zero_grad()
-            loss = F.cross_entropy(model(inputs), targets)
-            loss.backward()
-            if recorder is not None and case.by_rule:
-                assert recorder.result().weights.isfinite().all()
-            optimizer.step()
-            losses.append(loss.detach())
-        if recorder is not None:
-            recorder.close()
-            recorder.close()
-        runs.append((torch.stack(losses), state_of(model)))
-    torch.testing.assert_close(runs[1][0], runs[0][0], rtol=0, atol=0)
-    assert_same_state(runs[0][1], runs[1][1])
-
-
-def test_no_hook_is_left_after_an_exception_in_the_loop():
-    case = BY_NAME["mlp"]
-    model, (inputs, targets) = case.model(), case.batch()
-    before = state_of(model)
-    with pytest.raises(ArithmeticError), GramRecorder(model):
-        F.cross_entropy(RaisesInBackward.apply(model(inputs)), targets).backward()
-    assert_same_state(before, state_of(model))
-
-
-def test_a_dropped_recorder_takes_its_hooks_along_and_copies_carry_inert_ones():
-    case = BY_NAME["mlp"]
-    model, (inputs, targets) = case.model(), case.batch()
-    recorder = GramRecorder(model)
-    F.cross_entropy(model(inputs), targets).backward()
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        F.cross_entropy(twin(inputs), targets).backward()
-    result = recorder.result()
-    assert_grams_close({"": result.weights}, {"": sum(expected_grams(model, inputs, targets).values())})
-    hooks = state_of(model)[2]
-    del recorder
-    assert sum(hooks) > sum(state_of(model)[2]) == 0
-
-
-def test_no_graph_is_kept_alive():
-    import gc
-    import weakref
-
-    model, x = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)), torch.randn(4, 3)
-    gc.collect()
-    gc.disable()
-    try:
-        seen = []
-        model[1].register_forward_hook(lambda module, args, output: seen.append(weakref.ref(output)))
-        per_sample_gram(model, nn.MSELoss(), x, x)
-        recorder = GramRecorder(model)
-        model(x).sum().backward()
-        recorder.result()
-        model(x).sum()
-        recorder.close()
-        assert [ref() for ref in seen] == [None] * len(seen)
-    finally:
-        gc.enable()
-
-
-def test_activation_checkpointing():
-    case = BY_NAME["cnn"]
-    model, (inputs, targets) = case.model(), case.batch()
-    expected = sum(expected_grams(model, inputs, targets).values())
-
-    class Checkpointed(nn.Module):
-        def __init__(self, use_reentrant: bool) -> None:
-            super().__init__()
-            self.body = model
-            self.use_reentrant = use_reentrant
-
-        def forward(self, x: Tensor) -> Tensor:
-            middle = checkpoint(self.body[:6], x, use_reentrant=self.use_reentrant)
-            return self.body[6:](middle)
-
-    result = per_sample_gram(Checkpointed(False), nn.CrossEntropyLoss(), inputs, targets)
-    assert_grams_close({"": result.weights}, {"": expected})
-    with GramRecorder(Checkpointed(False)) as recorder:
-        F.cross_entropy(recorder._model(inputs), targets).backward()
-        assert_grams_close({"": recorder.result().weights}, {"": expected})
-    with GramRecorder(Checkpointed(True)) as recorder:
-        F.cross_entropy(recorder._model(inputs.requires_grad_()), targets).backward()
-        with pytest.raises(RuntimeError, match="use_reentrant=False"):
-            recorder.result()
 
 
 def test_a_compiled_model_is_evaluated_uncompiled():
@@ -467,250 +307,5 @@ def test_parameters_without_a_rule_need_what_they_need():
             recorder.result(loss_fn=nn.CrossEntropyLoss(), targets=targets)
 
 
-def test_recorder_refuses_passes_that_it_cannot_take_apart():
-    case = BY_NAME["mlp"]
-    model, (inputs, targets) = case.model(), case.batch()
-    with GramRecorder(model) as recorder:
-        model(inputs)
-        with pytest.raises(RuntimeError, match="no backward pass"):
-            recorder.result()
-        (model(inputs).sum() + model(inputs).square().sum()).backward()
-        with pytest.raises(RuntimeError, match="several forward passes"):
-            recorder.result()
-        loss = model(inputs).sum()
-        loss.backward(retain_graph=True)
-        loss.backward()
-        with pytest.raises(RuntimeError, match="two backward passes"):
-            recorder.result()
-        loss = (model(inputs) @ model[4].weight).square().mean()
-        loss.backward()
-        with pytest.raises(RuntimeError, match=r"4.weight.*outside"):
-            recorder.result(loss=loss)
-        with torch.no_grad():
-            model(inputs)
-        recorder.enabled = False
-        model(inputs)
-        recorder.enabled = True
-        F.cross_entropy(model(inputs), targets).backward()
-        assert_grams_close({"": recorder.result().weights}, {"": sum(expected_grams(model, inputs, targets).values())})
-
-
-def test_overwritten_inputs_are_refused():
-    class Overwrites(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(3, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            x = x.clone()
-            y = self.fc(x)
-            x.zero_()
-            return y
-
-    with pytest.raises(RuntimeError, match="modified in place"):
-        per_sample_gram(Overwrites(), nn.MSELoss(), torch.randn(4, 3), torch.randn(4, 3))
-
-
-def test_a_model_of_fixed_batch_size_is_refused():
-    class Fixed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(3, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.fc(x.view(4, 3))
-
-    with pytest.raises(RuntimeError, match="any number of samples"):
-        per_sample_gram(Fixed(), nn.MSELoss(), torch.randn(4, 3), torch.randn(4, 3))
-
-
-@pytest.mark.parametrize("length", [3, 4])
-def test_time_first_is_noticed_at_every_length(length: int):
-    """With as many steps as samples, shapes alone do not tell."""
-    model = Recurrent(nn.GRU, False).double()
-    model.head_of_steps = nn.Linear(5, 5).double()
-    plain = model.forward
-
-    def forward(x: Tensor) -> Tensor:
-        outputs, _ = model.rnn(x.transpose(0, 1))
-        return model.head(torch.tanh(model.head_of_steps(outputs)).mean(0))
-
-    assert plain is not forward
-    model.forward = forward
-    inputs, targets = torch.randn(4, length, 4).double(), torch.tensor([0, 1, 2, 0])
-    result = per_sample_gram(model, nn.CrossEntropyLoss(), inputs, targets, per_parameter=True)
-    assert result.routes["head_of_steps.weight"] in ("vmap", "loop")
-    assert result.routes["head.weight"] == "rule"
-    assert_grams_close(result.parameters, expected_grams(model, inputs, targets))
-
-
 def test_narrow_resnet_has_the_full_one_s_layers():
     assert sum(isinstance(m, nn.Conv2d) for m in resnet18_narrow().modules()) == 20
-
-
-class MovesRows(nn.Module):
-    """A model that computes with its samples in another order and puts them back, unless the loss is to."""
-
-    def __init__(self, how: str) -> None:
-        super().__init__()
-        self.how = how
-        self.first = nn.Linear(5, 6)
-        self.norm = nn.LayerNorm(6)
-        self.head = nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        order = x[:, 0].argsort()
-        if self.how == "permutes the input":
-            return self.head(torch.tanh(self.norm(self.first(x[order]))))[order.argsort()]
-        hidden = torch.tanh(self.first(x))
-        if self.how == "flips":
-            return self.head(self.norm(hidden.flip(0)).flip(0))
-        if self.how == "rolls":
-            return self.head(self.norm(hidden.roll(1, 0)).roll(-1, 0))
-        if self.how == "swaps halves":
-            return self.head(self.norm(torch.cat([hidden[1:], hidden[:1]]))).roll(1, 0)
-        if self.how == "stacks rows":
-            return self.head(self.norm(torch.stack([hidden[i] for i in order.tolist()])))[order.argsort()]
-        if self.how == "scatters":
-            back = torch.zeros_like(hidden).index_copy(0, order, self.norm(hidden[order]))
-            return self.head(back)
-        return self.head(self.norm(hidden[order]))[order.argsort()]
-
-
-MOVES = ["flips", "sorts and unsorts", "permutes the input", "rolls", "swaps halves", "stacks rows", "scatters"]
-
-
-@pytest.mark.parametrize("how", MOVES)
-@pytest.mark.parametrize("num_samples", [2, 5])
-def test_models_that_move_rows(how: str, num_samples: int):
-    model, loss_fn = MovesRows(how).double(), nn.CrossEntropyLoss()
-    inputs = torch.randn(num_samples, 5, dtype=torch.float64)
-    inputs[:, 0] = torch.tensor([0.3, -1.0, 2.0, 0.1, -3.0], dtype=torch.float64)[:num_samples]
-    targets = torch.tensor([0, 2, 1, 0, 1])[:num_samples]
-    expected = expected_grams(model, inputs, targets)
-    own = per_sample_gram(model, loss_fn, inputs, targets, per_parameter=True, of_inputs=True)
-    assert_grams_close(own.parameters, expected)
-    assert_grams_close({"": own.inputs}, {"": expected_input_gram(model, inputs, targets)})
-    with GramRecorder(model, per_parameter=True) as recorder:
-        loss = loss_fn(model(inputs), targets)
-        loss.backward()
-        recorded = recorder.result(loss=loss, loss_fn=loss_fn, targets=targets)
-    assert_grams_close(recorded.parameters, expected)
-    rows = []
-    for x in inputs:
-        for output in model(x[None])[0]:
-            grads = torch.autograd.grad(output, list(model.parameters()), retain_graph=True)
-            rows.append(torch.cat([g.flatten() for g in grads]))
-    jacobian = Jacobian(model, inputs)
-    assert_grams_close({"": jacobian.gram()}, {"": gram_of(torch.stack(rows))})
-
-
-def test_inputs_in_another_order_that_nobody_restores_are_refused():
-    model = MovesRows("").double()
-    forward = model.forward
-    model.forward = lambda x: forward(x.flip(0))
-    inputs, targets = torch.randn(4, 5, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
-    with pytest.raises(ValueError, match="differ from those of its samples alone"):
-        per_sample_gram(model, nn.CrossEntropyLoss(reduction="none"), inputs, targets)
-
-
-class PicksEntries(nn.Module):
-    """Looks up, flips, rolls and slices along other axes than the samples'."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(4, 4)
-        self.head = nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.tanh(self.fc(x))
-        x = x.flip(1).roll(1, -2)[:, torch.tensor([2, 0, 1])]
-        x = torch.cat([x[:, :1], x[..., 1:, :]], 1).sort(-1)[0]
-        return self.head(
-            x[torch.arange(len(x)), torch.full((len(x),), 1)] + x.gather(1, torch.zeros_like(x).long())[:, 0]
-        )
-
-
-def test_moves_along_other_axes_stay_on_the_fast_route():
-    model, inputs, targets = PicksEntries().double(), torch.randn(5, 3, 4).double(), torch.tensor([0, 2, 1, 0, 1])
-
-    def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
-        return -outputs.log_softmax(1)[[4, 3, 2, 1, 0], targets.flip(0)].flip(0)
-
-    result = per_sample_gram(model, loss_fn, inputs, targets, per_parameter=True)
-    assert set(result.routes.values()) == {"rule"}
-    assert_grams_close(result.parameters, expected_grams(model, inputs, targets))
-
-
-class Counts(nn.Module):
-    """Counts its calls and keeps a log of them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(5, 3)
-        self.calls = 0
-        self.log: list[int] = []
-        self.nested: dict[str, list[int]] = {"shapes": []}
-        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        self.log.append(len(x))
-        self.nested["shapes"].append(len(x))
-        self.steps += 1
-        return self.fc(x) * (1 + 0.01 * self.calls)
-
-
-def test_the_recorder_s_look_at_another_batch_size_is_not_felt():
-    runs = []
-    for is_recorded in (False, True):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(4, 5), nn.Dropout(0.3), Counts()).double()
-        log, seen = model[2].log, []
-        for module in model.modules():
-            module.register_forward_hook(lambda *_, seen=seen: seen.append("after"))
-            module.register_forward_pre_hook(lambda *_, seen=seen: seen.append("before"))
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        recorder = GramRecorder(model) if is_recorded else None
-        for step in range(3):
-            optimizer.zero_grad()
-            x = torch.randn(4 + step, 4, dtype=torch.float64)
-            F.cross_entropy(model(x), torch.zeros(4 + step, dtype=torch.long)).backward()
-            if recorder is not None:
-                assert recorder.result().weights.isfinite().all()
-            optimizer.step()
-        if recorder is not None:
-            recorder.close()
-        assert model[2].log is log
-        counts = [model[2].calls, int(model[2].steps), log, model[2].nested["shapes"]]
-        assert counts == [3, 3, [4, 5, 6], [4, 5, 6]]
-        assert seen.count("before") == seen.count("after") == 3 * len(list(model.modules()))
-        runs.append(state_of(model))
-    assert_same_state(*runs)
-
-
-def test_a_hook_that_the_model_needs_is_called():
-    model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3)).double()
-    model[0].register_forward_pre_hook(lambda module, args: (args[0].flatten(1),))
-    inputs, targets = torch.randn(4, 3, 2, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
-    result = per_sample_gram(model, nn.CrossEntropyLoss(), inputs, targets, per_parameter=True)
-    assert set(result.routes.values()) == {"rule"}
-    assert_grams_close(result.parameters, expected_grams(model, inputs, targets))
-
-
-@pytest.mark.parametrize("case", ZOO, ids=repr)
-def test_a_layers_matrix_is_the_sum_of_its_parameters_matrices(case):
-    model, (inputs, targets) = case.model(), case.batch()
-    expected = per_sample_gram(model, nn.CrossEntropyLoss(), inputs, targets, per_parameter=True)
-    with GramRecorder(model, per_layer=True) as recorder:
-        nn.CrossEntropyLoss()(model(inputs), targets).backward()
-        recorded = recorder.result(loss_fn=nn.CrossEntropyLoss(), targets=targets)
-    alone = per_sample_gram(model, nn.CrossEntropyLoss(), inputs, targets, per_layer=True)
-    for result in (recorded, alone):
-        assert result.parameters is None
-        assert list(result.layers) == list(dict.fromkeys(layer_of(name) for name in expected.parameters))
-        for layer, found in result.layers.items():
-            own = [part for name, part in expected.parameters.items() if layer_of(name) == layer]
-            torch.testing.assert_close(found, sum(own), **tolerance(condition=1e3))
-        torch.testing.assert_close(result.weights, expected.weights, **tolerance(condition=1e3))
-    assert [layer_of(name) for name in ("0.weight", "body.2.bias", "scale")] == ["0", "body.2", "scale"]

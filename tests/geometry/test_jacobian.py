@@ -4,70 +4,30 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader
 
+from tests.geometry.oracles_jacobian import (
+    CLOSE,
+    HEADS,
+    Rounded,
+    data,
+    head_arguments,
+    head_of_sample,
+    small_mlp,
+    trainable,
+)
 from tests.oracles import jacobian as oracle
 from tests.oracles import tolerance
 from tests.zoo import ZOO, Case
-from torchgeom_optim.geometry import factors
-from torchgeom_optim.geometry.capture import Capture
-from torchgeom_optim.geometry.jacobian import Jacobian, JacobianMemoryError
-from torchgeom_optim.geometry.jacobian_gram import sphere_basis
-
-HEADS = ["outputs", "loss", "log_probabilities", "sqrt_probabilities"]
-CLOSE = tolerance(condition=1e3)
-
-
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-def head_arguments(of: str, targets: Tensor) -> dict[str, Any]:
-    arguments: dict[str, Any] = {"of": of}
-    if of in ("loss", "log_probabilities"):
-        arguments["targets"] = targets
-    if of == "loss":
-        arguments["loss_fn"] = nn.CrossEntropyLoss(label_smoothing=0.1)
-    return arguments
-
-
-def head_of_sample(of: str, model: nn.Module, x: Tensor, y: Tensor) -> Callable[[int], Tensor]:
-    def values(i: int) -> Tensor:
-        z = model(x[i : i + 1])
-        if of == "outputs":
-            return z
-        if of == "loss":
-            return F.cross_entropy(z, y[i : i + 1], label_smoothing=0.1)
-        p = z.exp() / z.exp().sum()
-        return p[0, y[i]].log() if of == "log_probabilities" else 2 * p.sqrt()
-
-    return values
-
-
-def small_mlp(seed: int = 0, inputs: int = 3, outputs: int = 3) -> nn.Module:
-    generator = torch.Generator().manual_seed(seed)
-    model = nn.Sequential(nn.Linear(inputs, 4), nn.Tanh(), nn.Linear(4, outputs)).double()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator))
-    return model
-
-
-def data(n: int = 5, inputs: int = 3, classes: int = 3, seed: int = 1) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, inputs, generator=generator, dtype=torch.float64)
-    return x, torch.randint(classes, (n,), generator=generator)
-
+from torchgeom_optim.geometry.jacobian import Jacobian
 
 # Exactness
 
@@ -123,14 +83,6 @@ def test_square_roots_of_probabilities_give_the_fisher_matrix() -> None:
         torch.testing.assert_close(outputs.T @ outputs, fisher, **CLOSE)
 
 
-@pytest.mark.parametrize("classes", [2, 5])
-def test_the_directions_of_square_roots_of_probabilities(classes: int) -> None:
-    f = 2 * torch.softmax(torch.randn(4, classes).double() * 20, 1).sqrt()
-    R = sphere_basis(f)
-    torch.testing.assert_close(R.mT @ R, torch.eye(classes - 1).double().expand(4, -1, -1), **CLOSE)
-    torch.testing.assert_close(f[:, None] @ R, torch.zeros(4, 1, classes - 1).double(), **CLOSE)
-
-
 def test_square_roots_stay_finite_where_probabilities_underflow() -> None:
     model = nn.Linear(1, 2).double()
     with torch.no_grad():
@@ -171,52 +123,6 @@ def test_sequences_of_logits() -> None:
     torch.testing.assert_close(J.dense(), expected, **CLOSE)
 
 
-class Pooled(nn.Module):
-    """Tokens with learned positions, then a mean over the sequence."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tokens, self.positions, self.head = nn.Embedding(7, 3), nn.Embedding(6, 3), nn.Linear(3, 2)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        places = torch.arange(tokens.shape[1])
-        return self.head(torch.tanh(self.tokens(tokens) + self.positions(places))).mean(1)
-
-
-class TwoInputs(nn.Module):
-    """Two arguments and a constant one; the second may come in a mapping."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(3, 2), nn.Linear(2, 2)
-
-    def forward(self, x: Tensor, extra: Any, scale: float = 1.0) -> dict[str, Tensor]:
-        extra = extra["z"] if isinstance(extra, dict) else extra
-        return {"logits": scale * self.b(torch.tanh(self.a(x)) * extra)}
-
-
-def test_inputs_in_tuples_and_mappings() -> None:
-    model = TwoInputs().double()
-    x, z = torch.randn(4, 3).double(), torch.randn(4, 2).double()
-    expected = oracle(lambda i: model(x[i : i + 1], z[i : i + 1])["logits"], 4, trainable(model))
-    pairs = [((x[:3], z[:3]), None), ((x[3:], z[3:]), None)]
-    for inputs in ((x, z), {"x": x, "extra": z}, (x, {"z": z}), {"x": x, "extra": {"z": z}, "scale": 1.0}, pairs):
-        J = Jacobian(model, inputs, select=lambda out: out["logits"], batch_size=2)
-        torch.testing.assert_close(J.dense(), expected, **CLOSE)
-        torch.testing.assert_close(J.T @ torch.ones(8).double(), expected.sum(0), **CLOSE)
-
-
-def test_mini_batches_of_several_lengths() -> None:
-    model = Pooled().double()
-    batches = [torch.randint(7, (2, 4)), torch.randint(7, (3, 5)), torch.randint(7, (5, 5))]
-    samples = [x[i : i + 1] for x in batches for i in range(len(x))]
-    expected = oracle(lambda i: model(samples[i]), 10, trainable(model))
-    J = Jacobian(model, batches)
-    torch.testing.assert_close(J.gram(), expected @ expected.T, **CLOSE)
-    torch.testing.assert_close(J.dense(), expected, **CLOSE)
-    assert "3 of 4" in J.ways["gram"]  # as many positions as samples do not deceive it
-
-
 # Properties
 
 
@@ -229,25 +135,6 @@ def test_products_are_adjoint(of: str, n: int, classes: int, k: int, seed: int) 
     torch.testing.assert_close((J @ v).T @ u, v.T @ (J.T @ u), **CLOSE)
     with pytest.raises(AssertionError):
         torch.testing.assert_close((J @ v).T @ u, -v.T @ (J.T @ u), **CLOSE)
-
-
-@pytest.mark.parametrize("of", HEADS)
-def test_mini_batches_change_nothing(of: str) -> None:
-    model, (x, y) = small_mlp(), data(7)
-    whole = Jacobian(model, x, **head_arguments(of, y))
-    arguments = head_arguments(of, y)
-    arguments.pop("targets", None)
-    v, u = torch.randn(whole.shape[1]).double(), torch.randn(whole.shape[0]).double()
-    loader = DataLoader(TensorDataset(x, y), batch_size=3)
-    for J in (
-        Jacobian(model, x, **head_arguments(of, y), batch_size=2),
-        Jacobian(model, loader, **arguments),
-        Jacobian(model, list(loader), batch_size=2, **arguments),
-    ):
-        torch.testing.assert_close(J.dense(), whole.dense(), **CLOSE)
-        torch.testing.assert_close(J @ v, whole @ v, **CLOSE)
-        torch.testing.assert_close(J.T @ u, whole.T @ u, **CLOSE)
-        torch.testing.assert_close(J.gram(), whole.gram(), **CLOSE)
 
 
 def test_permuting_samples_permutes_rows() -> None:
@@ -300,222 +187,7 @@ def test_double_precision_on_request() -> None:
     assert {p.dtype for p in single.parameters()} == {torch.float32}
 
 
-# Which way it goes
-
-
-class Rounded(nn.Module):
-    """Tells the backward pass something of its own, in one of several ways."""
-
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        self.kind, self.fc = kind, nn.Linear(3, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.fc(x)
-        if self.kind == "no_grad":
-            with torch.no_grad():
-                scale = self.fc.weight.norm()
-            return y * scale
-        if self.kind == "function":
-            return Straight.apply(y)
-        if self.kind == "branch":
-            return y if float(y.detach().sum()) > 0 else 2 * y
-        if self.kind == "tensor hook" and y.requires_grad:
-            y.register_hook(lambda g: 3 * g)
-        if self.kind == "custom":
-            return y * self.fc.bias
-        if self.kind == "checkpoint":
-            return checkpoint(self.fc, torch.tanh(x), use_reentrant=False)
-        if self.kind == "reentrant":
-            return checkpoint(self.fc, torch.tanh(x).requires_grad_(), use_reentrant=True)
-        return y
-
-
-class Straight(torch.autograd.Function):
-    """Rounds, and passes the gradient on as it is; nothing that a transform could use."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.round()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.clone()
-
-
-@pytest.mark.parametrize("kind", ["no_grad", "function", "branch", "tensor hook", "checkpoint"])
-def test_is_what_the_backward_pass_computes(kind: str) -> None:
-    model, (x, _) = Rounded(kind).double(), data(4)
-    expected = oracle(lambda i: model(x[i : i + 1]), 4, trainable(model))
-    for dtype in (None, torch.float64):
-        J = Jacobian(model, x, dtype=dtype, batch_size=1 if kind == "branch" else None)
-        v, u = torch.randn(J.shape[1], 2).double(), torch.randn(J.shape[0], 2).double()
-        torch.testing.assert_close(J @ v, expected @ v, **CLOSE)
-        torch.testing.assert_close(J.T @ u, expected.T @ u, **CLOSE)
-        torch.testing.assert_close(J.gram(), expected @ expected.T, **CLOSE)
-    if kind == "no_grad":
-        assert J.ways["product"].startswith("backward")
-
-
-def test_padding_tokens_that_the_first_samples_do_not_show() -> None:
-    model = nn.Sequential(nn.Embedding(5, 2, padding_idx=0), nn.Flatten(), nn.Linear(4, 2)).double()
-    tokens = torch.tensor([[1, 2], [3, 4], [0, 0], [0, 1]])
-    J = Jacobian(model, tokens)
-    v = torch.randn(J.shape[1]).double()
-    torch.testing.assert_close(J @ v, J.dense() @ v, **CLOSE)
-
-
-def test_factors_are_checked_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = nn.Sequential(nn.Conv2d(4, 6, 2, groups=2), nn.Flatten(), nn.Linear(24, 3)).double()
-    x = torch.randn(4, 4, 3, 3).double()
-    whole = Jacobian(model, x).gram()
-    monkeypatch.setattr(factors, "WORKSPACE_BYTES", 1)
-    J = Jacobian(model, x)
-    torch.testing.assert_close(J.gram(), whole, **CLOSE)
-    assert J.ways["gram"] == "layers' factors for 4 of 4 parameters"
-
-
-def test_ways_are_told() -> None:
-    J = Jacobian(small_mlp(), data()[0])
-    assert J.ways == {}
-    J @ torch.ones(J.shape[1]).double()
-    J.gram()
-    assert J.ways["product"].startswith("forward mode")
-    assert J.ways["gram"] == "layers' factors for 4 of 4 parameters"
-    custom = Jacobian(Rounded("custom").double(), data()[0])
-    custom.gram()
-    assert custom.ways["gram"] == "layers' factors for 1 of 2 parameters, rows for the others"
-    assert custom.ways["rows"] == "samples batched by vmap"
-
-
-# Memory
-
-
-@pytest.mark.parametrize("kind", ["rule", "no rule"])
-def test_gram_in_parts_is_the_same(kind: str) -> None:
-    model, (x, _) = small_mlp() if kind == "rule" else Rounded("custom").double(), data(9)
-    whole = Jacobian(model, x, batch_size=2)
-    expected = whole.gram()
-    ways = set()
-    for percent in range(20, 101, 4):
-        limit = percent * whole.predicted_bytes("gram") // 100
-        J = Jacobian(model, x, batch_size=2, memory_limit=limit)
-        try:
-            torch.testing.assert_close(J.gram(), expected, **CLOSE)
-        except JacobianMemoryError:
-            continue
-        torch.testing.assert_close(J.gram(), J.gram().T, rtol=0, atol=0)
-        ways.add(J.ways["gram"])
-    assert "rows, held in part and computed again" in ways
-    assert len(ways) > 1
-
-
-@pytest.mark.parametrize("operation", ["product", "transposed_product", "rows", "dense", "gram"])
-def test_memory_is_predicted_and_refused(operation: str) -> None:
-    model, (x, _) = small_mlp(), data(8)
-    J = Jacobian(model, x)
-    needed = J.predicted_bytes(operation, 1)
-    results = {"product": 24, "transposed_product": 31, "rows": 0, "dense": 24 * 31, "gram": 24 * 24}
-    assert needed >= 8 * results[operation]
-    small = Jacobian(model, x, memory_limit=100)
-    calls = {
-        "product": lambda: small @ torch.ones(31).double(),
-        "transposed_product": lambda: small.T @ torch.ones(24).double(),
-        "rows": small.rows,
-        "dense": small.dense,
-        "gram": small.gram,
-    }
-    with pytest.raises(JacobianMemoryError, match=f"{operation} would take .*memory_limit allows") as caught:
-        calls[operation]()
-    assert caught.value.needed > caught.value.allowed == 100
-    Jacobian(model, x, memory_limit=math.inf).gram()
-
-
-# A guest in the user's program
-
-
-def test_leaves_no_trace() -> None:
-    model = nn.Sequential(
-        nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(inplace=True), nn.Dropout(0.5), nn.Flatten(), nn.Linear(8, 3)
-    ).double()
-    model = nn.utils.spectral_norm(model[5]) and model
-    x = torch.randn(4, 1, 4, 4).double()
-    model.train()
-    model[3].eval()
-    model(x).sum().backward()
-    state = {k: v.clone() for k, v in model.state_dict().items()}
-    grads = [p.grad.clone() for p in model.parameters()]
-    attribute = model[5].weight
-    modes = [m.training for m in model.modules()]
-    seen: list[Tensor] = []
-    random = torch.get_rng_state()
-    with Capture([model[0]], lambda module, x, y: seen.append), torch.no_grad():
-        J = Jacobian(model, DataLoader(x, batch_size=2), of="sqrt_probabilities")
-        J.gram()
-        J @ torch.ones(J.shape[1]).double()
-        J.T @ torch.ones(J.shape[0]).double()
-        assert not torch.is_grad_enabled()
-    assert seen == []
-    assert torch.equal(torch.get_rng_state(), random)
-    assert modes == [m.training for m in model.modules()]
-    assert model[5].weight is attribute
-    for key, value in model.state_dict().items():
-        torch.testing.assert_close(value, state[key], rtol=0, atol=0)
-    for p, grad in zip(model.parameters(), grads, strict=True):
-        torch.testing.assert_close(p.grad, grad, rtol=0, atol=0)
-
-
-def test_training_modes_are_evaluated_as_in_evaluation() -> None:
-    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 3)).double()
-    x, _ = data()
-    training = Jacobian(model.train(), x).dense()
-    torch.testing.assert_close(training, Jacobian(model.eval(), x).dense(), rtol=0, atol=0)
-    torch.testing.assert_close(training, Jacobian(model, x, keep_modes=True).dense(), rtol=0, atol=0)
-
-
-def test_modes_are_put_back_after_an_error() -> None:
-    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double().train()
-    with pytest.raises(RuntimeError):
-        Jacobian(model, torch.randn(4, 7).double())
-    assert all(m.training for m in model.modules())
-
-
-def test_autocast_of_the_caller_is_not_felt() -> None:
-    model, (x, _) = small_mlp().float(), data()
-    expected = Jacobian(model, x.float()).gram()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        torch.testing.assert_close(Jacobian(model, x.float()).gram(), expected, **tolerance(torch.float32, 10))
-
-
-def test_inference_mode_of_the_caller_is_not_felt() -> None:
-    model = small_mlp()
-    expected = Jacobian(model, data()[0]).dense()
-    with torch.inference_mode():
-        J = Jacobian(model, data()[0])
-        v, u = torch.randn(J.shape[1], 2).double(), torch.randn(J.shape[0], 2).double()
-        results = J @ v, J.T @ u, J.gram()
-    for got, wanted in zip(results, (expected @ v, expected.T @ u, expected @ expected.T), strict=True):
-        torch.testing.assert_close(got, wanted, **CLOSE)
-
-
-def test_a_compiled_model_runs_uncompiled() -> None:
-    model, (x, _) = small_mlp(), data()
-    compiled = torch.compile(model, backend="eager")
-    torch.testing.assert_close(Jacobian(compiled, x).dense(), Jacobian(model, x).dense(), rtol=0, atol=0)
-
-
 # Bad input
-
-
-class Stream(IterableDataset[Tensor]):
-    """Gives its batches once."""
-
-    def __init__(self, passes: int) -> None:
-        self.passes = passes
-
-    def __iter__(self) -> Iterator[Tensor]:
-        self.passes -= 1
-        return iter([torch.ones(2, 3).double()] if self.passes >= 0 else [])
 
 
 NAN = torch.full((5, 3), math.nan).double()
@@ -602,26 +274,3 @@ def test_bad_vectors_are_refused() -> None:
         J @ {"0.weight": torch.ones(4, 3).double()}
     with pytest.raises(ValueError, match="must be one of"):
         J.predicted_bytes("inverse")
-
-
-def test_data_that_changes_between_passes_is_noticed() -> None:
-    model = small_mlp()
-    dry = Jacobian(model, DataLoader(Stream(3), batch_size=None))
-    with pytest.raises(RuntimeError, match="ran dry after 0"):
-        [dry.gram() for _ in range(3)]
-    x, _ = data(4)
-    batches = [x[:2], x[2:]]
-    J = Jacobian(model, batches)
-    batches.reverse()
-    with pytest.raises(RuntimeError, match="mini-batch 0 differs"):
-        J.gram()
-    batches[:] = [x[[1, 0]], x[2:]]
-    with pytest.raises(RuntimeError, match="mini-batch 0 differs"):
-        J.gram()
-
-
-def test_outputs_of_changing_number_are_refused() -> None:
-    model = nn.Linear(3, 2).double()
-    J = Jacobian(model, [torch.randn(2, 4, 3).double(), torch.randn(2, 5, 3).double()])
-    with pytest.raises(ValueError, match="Pad sequences"):
-        J.gram()

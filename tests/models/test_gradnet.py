@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -152,12 +153,36 @@ def test_an_interrupted_fit_resumes(method, settings, tmp_path):
     gradnet = GradNet(base(), C, method=method, **settings)
     with pytest.raises(KeyboardInterrupt):
         gradnet.fit(Interrupted(DATA, 8 if method == "gated" else 11), 4, checkpoint=path)
-    resumed = GradNet(base(), C, method=method, **settings).fit(DATA, 4, checkpoint=path)
-    assert len(resumed.history) == 4
-    assert resumed.history == whole.history
-    assert torch.equal(resumed(X), whole(X))
+    for again in (GradNet(base(), C, method=method, **settings), gradnet):
+        resumed = again.fit(DATA, 4, checkpoint=shutil.copy(path, tmp_path / "again.pt"))
+        assert len(resumed.history) == 4
+        assert resumed.history == whole.history
+        assert torch.equal(resumed(X), whole(X))
     with pytest.raises(ValueError, match="other settings"):
         GradNet(base(), C, method=method, seed=8).fit(DATA, 4, checkpoint=path)
+
+
+@pytest.mark.parametrize("after", [0, 2, 8])  # at the first look, in the first epoch, and later
+@pytest.mark.parametrize("fitted", ["never", "before"])
+@pytest.mark.parametrize("with_checkpoint", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_an_interrupted_fit_leaves_all_as_it_was(method, with_checkpoint, fitted, after, tmp_path):
+    model = base().train()
+    gradnet = GradNet(model, C, method=method)
+    if fitted == "before":
+        gradnet.fit(DATA, 1)
+    head, history = gradnet.head, gradnet.history
+    before, mode = copy.deepcopy(gradnet.state_dict()), gradnet.training
+    with pytest.raises(KeyboardInterrupt):
+        gradnet.fit(Interrupted(DATA, after), 4, checkpoint=tmp_path / "fit.pt" if with_checkpoint else None)
+    assert gradnet.head is head
+    assert gradnet.history is history
+    assert gradnet.training is mode
+    assert head is None or not head.training
+    assert gradnet.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in gradnet.state_dict().items())
+    assert all(module.training for module in model.modules())
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_a_progress_bar_counts_batches(capsys):

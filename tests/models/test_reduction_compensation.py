@@ -93,6 +93,7 @@ def test_bad_input() -> None:
         ({"iterations": 0}, "iterations=0: must be at least 1"),
         ({"damping": 0.0}, r"damping=0.0: must be in \(0, inf\)"),
         ({"damping": math.nan}, r"damping=nan: must be in \(0, inf\)"),
+        ({"metric": "ficher"}, "metric='ficher': must be one of"),
     ):
         with pytest.raises(ValueError, match=message):
             compensate(reduced, model, samples, **options)

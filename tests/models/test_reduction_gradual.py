@@ -149,5 +149,7 @@ def test_bad_input() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             reduce_gradually(model, x, **{"num_directions": 10, "steps": 2, **options})
+    with pytest.raises(ValueError, match="metric='ficher': must be one of"):
+        distil(reduce_model(model, x, 10), model, x, metric="ficher")
     with pytest.raises(ValueError, match="the data ran dry: they must give mini-batches each time"):
         reduce_gradually(model, iter([x[:20], x[20:]]), 10, steps=5)

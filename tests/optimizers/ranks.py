@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.cases import OPTIMIZER_CASES, OptimizerCase, mean_loss, small_batches, small_net, tensors_of, train
+from tests.cases import OPTIMIZER_CASES, OptimizerCase, mean_loss, small_batches, small_net, train
 from tests.processes import WORLD_SIZE
 
 NUM_STEPS = 3
@@ -272,25 +271,6 @@ def error_of(action: Callable[[], Any]) -> str:
     return "no error"
 
 
-def death(case: OptimizerCase) -> dict[str, Any]:
-    """The second process is gone when the first one takes its second step."""
-    model = net()
-    optimizer = case(model, process_group=distributed.group.WORLD)
-    x, y = my_part(batches(2))
-    train(model, optimizer, [x])
-    before = tensors_of([model.state_dict(), optimizer.state_dict()])
-    if distributed.get_rank() == 1:
-        os._exit(0)
-    error = error_of(lambda: train(model, optimizer, [y]))
-    calls = sum(len(layer.calls) for layer in optimizer._layers)
-    return {
-        "error": error,
-        "before": before,
-        "after": tensors_of([model.state_dict(), optimizer.state_dict()]),
-        "calls": calls,
-    }
-
-
 def scenarios() -> Iterable[tuple[str, Callable[[], Any]]]:
     for kind, parallel in PARALLEL.items():
         for name, case in CASES.items() if kind == "ddp" else [(name, CASES[name]) for name in FSDP_CASES]:
@@ -323,7 +303,6 @@ def scenarios() -> Iterable[tuple[str, Callable[[], Any]]]:
     yield "alone", lambda: alone(case)
     for what in ("tensor parallel", "flattened", "different models"):
         yield f"refused {what}", lambda what=what: refused(what, case)
-    yield "death", lambda: death(case)  # the last, as there is but one process afterwards
 
 
 TOKEN_CASES = ("trust_region", "whitening_momentum", "second_order", "natural_kronecker", "natural_diagonal")

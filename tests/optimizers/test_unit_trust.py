@@ -428,3 +428,32 @@ def test_gradients_whose_squares_overflow_do_not_stop_it_for_good(build):
     for name, p in model.named_parameters():
         assert bool(p.isfinite().all())
         assert float((p - before[name]).detach().abs().max()) > 0.01
+
+
+@pytest.mark.parametrize("overflowing_steps", [1, 3])
+def test_an_overflow_in_the_first_batches_does_not_slow_what_follows(overflowing_steps):
+    """Three hundred steps, against a run whose first batches were ordinary and are left out there."""
+    losses = {}
+    x = torch.randn(16, 6, generator=torch.Generator().manual_seed(2))
+    for factor in (1e25, 0.0):
+        model = hidden_network().float()
+        before = copy.deepcopy(model.state_dict())
+        optimizer = WhiteningSGD(model)
+        for _ in range(overflowing_steps):
+            optimizer.zero_grad()
+            (model(x).square().mean() * factor).backward()
+            optimizer.step()
+        torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=1e-6)
+        found = []
+        for step in range(300):
+            for group in optimizer.param_groups:
+                group["lr"] = 1 - step / 300
+            optimizer.zero_grad()
+            loss = model(x).square().mean()
+            loss.backward()
+            optimizer.step()
+            found.append(float(loss))
+        losses[factor] = torch.tensor(found)
+    first = losses[0.0][0]
+    assert float(losses[1e25][-1]) < 1e-3 * first
+    torch.testing.assert_close(losses[1e25] / first, losses[0.0] / first, rtol=0, atol=0.05)

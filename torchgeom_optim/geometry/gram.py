@@ -30,6 +30,7 @@ from torchgeom_optim.geometry.layer_calls import LayerCalls, ParameterUses
 from torchgeom_optim.geometry.layers import rule_for, uses_batch_statistics
 from torchgeom_optim.geometry.per_sample import Batch, tensors_of
 from torchgeom_optim.geometry.private_evaluation import Attributes, with_weights
+from torchgeom_optim.geometry.sample_losses import sample_gradients
 
 __all__ = ["GramResult", "is_advanced", "per_sample_gram", "random_state", "set_random_state", "statistics_of"]
 
@@ -137,8 +138,11 @@ def per_sample_gram(
             ]
         accumulator.finish()
         if is_random:
-            own = {name: leaves[name] for name in leaves if name in uses.other}
-            accumulator.add_rows(_through_one_graph(own, loss_fn, batch, outputs, losses), "loop")
+            own = [name for name in leaves if name in uses.other]
+            which = range(num_samples)
+            rows = sample_gradients([leaves[n] for n in own], which, loss_fn, batch, outputs, losses, scale)
+            stacked = (torch.stack(column) for column in zip(*rows, strict=True))
+            accumulator.add_rows(dict(zip(own, stacked, strict=True)), "loop")
         return _Pass(uses, losses.detach() * scale, is_random, input_grads)
 
     try:
@@ -269,25 +273,6 @@ def _refuse_coupled(without_rule: frozenset[str]) -> None:
             f"{sorted(without_rule)} have no layer rule, and batch normalization uses the batch's statistics: a "
             f"sample's gradient does not exist; pass freeze_statistics=True, or set those layers to evaluation mode."
         )
-
-
-def _through_one_graph(
-    leaves: Mapping[str, Tensor], loss_fn: Callable[..., Tensor], batch: Batch, outputs: Any, losses: Tensor
-) -> dict[str, Tensor]:
-    """Gradients of every sample's loss through one pass over the batch, so that all saw the same random draws."""
-    rows = []
-    for i in range(batch.num_samples):
-        if losses.dim() > 0:
-            loss = losses[i].sum()
-        else:
-            one = batch.map(lambda x, i=i: x[i : i + 1])  # type: ignore[misc]
-            loss = one.loss(loss_fn, tree_map(lambda x, i=i: x[i : i + 1], outputs))
-        rows.append(
-            torch.autograd.grad(
-                loss, list(leaves.values()), retain_graph=True, allow_unused=True, materialize_grads=True
-            )
-        )
-    return {name: torch.stack([row[k] for row in rows]) for k, name in enumerate(leaves)}
 
 
 @contextmanager

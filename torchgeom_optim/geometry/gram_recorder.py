@@ -269,7 +269,7 @@ class _RecordedPass:
     def release(self) -> None:
         """Let go of the user's graph at once, not when garbage is collected."""
         _remove(self.handles)
-        self.record.calls.clear()
+        self.record.forget()
         self.uses = self.accumulator.uses = None
 
     def _on_output_grad(self, call: LayerCall, output_grad: Tensor) -> None:

@@ -242,6 +242,8 @@ def gram_of_row_blocks(
             for column, other in held:
                 with torch.autocast(block.device.type, enabled=False):
                     product = block @ other.T
+                if other is block:  # which not every kernel makes symmetric to the last bit
+                    product = product.tril() + product.tril(-1).T
                 gram[column : column + len(other), row : row + len(block)] = product.T
                 gram[row : row + len(block), column : column + len(other)] = product
             row += len(block)

@@ -8,19 +8,22 @@ of a layer with a rule, and axis 0 of that layer's input was the samples. Both a
   and steps over each recorded call, from its output right to its input: a parameter that the walk still meets was
   used by something else.
 - *The sample axis* (time before samples, positions looked up once per batch, samples and time flattened together) is
-  found by running the model on a batch of another size: the axis that changes is the samples.
+  found by running the model on a batch of another size: the axis that changes is the samples. A call that does not
+  change is shared by them; of an embedding, the samples' shares may show further on
+  (:mod:`torchgeom_optim.geometry.shared_calls`).
 - *The samples' order* (a model that sorts its batch and restores the order later) shows in the graph as well, as
   operations that can move rows (:mod:`torchgeom_optim.geometry.row_moves`): then no parameter counts as covered.
 """
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,14 +36,17 @@ from torchgeom_optim.geometry.layers import LayerRule, factors_of_call, rule_for
 from torchgeom_optim.geometry.private_evaluation import attributes_kept, with_weights
 from torchgeom_optim.geometry.pure_call import without_trace
 from torchgeom_optim.geometry.row_moves import could_move_rows, moves_rows
+from torchgeom_optim.geometry.shared_calls import is_added_to_samples
 
 __all__ = ["LayerCall", "LayerCalls", "ParameterUses", "watched_layers"]
 
 OnOutputGrad = Callable[["LayerCall", Tensor], None]
 _Signature = tuple[tuple[int, torch.Size], ...]
 
-_sample_first: weakref.WeakKeyDictionary[nn.Module, dict[_Signature, tuple[bool, ...]]]
-_sample_first = weakref.WeakKeyDictionary()
+_Axis = Literal["samples", "shared", "other"]  # axis 0 of a call's input
+
+_first_axes: weakref.WeakKeyDictionary[nn.Module, dict[_Signature, tuple[_Axis, ...]]]
+_first_axes = weakref.WeakKeyDictionary()
 _MAX_SIGNATURES = 64  # a model that is called with ever new shapes must not fill the memory
 
 
@@ -50,6 +56,7 @@ class LayerCall:
     def __init__(self, rule: LayerRule, module: nn.Module, layer_input: Tensor, output: Tensor) -> None:
         self.module = module
         self.input_shape = layer_input.shape
+        self.output_shape = output.shape
         self.output_node: Node | None = output.grad_fn
         self.input_node: Node | None = layer_input.grad_fn
         if self.input_node is None and layer_input.requires_grad:
@@ -92,6 +99,15 @@ class LayerCall:
                 f"its call; both must stay until the backward pass is over: apply the in-place operation to a copy."
             )
         return factors_of_call(self._rule, self.module, layer_input, output_grads, tuple(names))
+
+    def as_of_samples(self, num_samples: int, node: Node) -> LayerCall:
+        """The same call as if every one of the samples that share it had made it, its output being that of a node."""
+        other = copy.copy(self)
+        other.output_node, other._output_nr = node, 0
+        assert self._input is not None
+        row = self._input[0] if self._input.dim() > 1 and len(self._input) == 1 else self._input
+        other._input = row.expand(num_samples, *row.shape)
+        return other
 
     @property
     def is_released(self) -> bool:
@@ -141,6 +157,10 @@ class _WhenGradArrives:
         if record is not None and call is not None:
             record.on_output_grad(call, output_grad)
 
+    def before_node(self, output_grads: tuple[Tensor | None, ...]) -> None:
+        if output_grads[0] is not None:
+            self(output_grads[0])
+
 
 class LayerCalls:
     """Records the calls of layers with a rule during one forward pass.
@@ -155,6 +175,14 @@ class LayerCalls:
         self._on_output_grad = on_output_grad
         self.recording = True
         self.calls: list[LayerCall] = []
+        self._num_samples = 0
+        self._shared: dict[Node, LayerCall] = {}  # by the nodes of their outputs
+        self._added: dict[Node, LayerCall] = {}  # by the nodes that add them to what samples have
+
+    def forget(self) -> None:
+        """Let go of all calls."""
+        for calls in (self.calls, self._shared, self._added):
+            calls.clear()
 
     def on_call(self, module: nn.Module, layer_input: Tensor, output: Tensor) -> Callable[[Tensor], None] | None:
         """To be given to a :class:`~torchgeom_optim.geometry.capture.Capture` of :func:`watched_layers`."""
@@ -184,7 +212,7 @@ class LayerCalls:
         return tuple((id(call.module), call.input_shape) for call in self.calls)
 
     def keep_sample_first(self, model: nn.Module, args: Any, kwargs: Any, num_samples: int) -> None:
-        """Drop the calls whose input's axis 0 is not the samples.
+        """Drop the calls whose input's axis 0 is not the samples; tables that all samples share are kept aside.
 
         The model is run on a batch of another size, once for every sequence of layers and shapes that it shows.
 
@@ -195,12 +223,17 @@ class LayerCalls:
             num_samples: N.
         """
         signature = self.signature()
-        known = _sample_first.setdefault(model, {})
+        known = _first_axes.setdefault(model, {})
         if signature not in known:
             if len(known) >= _MAX_SIGNATURES:
                 known.clear()
             known[signature] = _compare(signature, _probe(model, args, kwargs, num_samples), num_samples)
-        self.calls = [call for call, first in zip(self.calls, known[signature], strict=True) if first]
+        axes = list(zip(self.calls, known[signature], strict=True))
+        self.calls = [call for call, axis in axes if axis == "samples"]
+        self._num_samples = num_samples
+        # Copies: the hooks on their outputs, where the samples' shares are summed, speak of the calls themselves.
+        shared = [copy.copy(call) for call, axis in axes if axis == "shared" and isinstance(call.module, nn.Embedding)]
+        self._shared = {call.output_node: call for call in shared if call.output_node is not None}
 
     def resolve(self, roots: Iterable[Tensor], names: Iterable[str], outputs: Iterable[Tensor] = ()) -> ParameterUses:
         """Tell the parameters that only recorded calls used from the others.
@@ -214,7 +247,7 @@ class LayerCalls:
         Returns:
             how each of them was used.
         """
-        call_at = {call.output_node: call for call in self.calls}
+        call_at = {call.output_node: call for call in self.calls if call.output_node is not None}
         other: set[str] = set()
         reached: list[LayerCall] = []
         last: list[LayerCall] = []
@@ -226,6 +259,8 @@ class LayerCalls:
             call = call_at.get(node)
             if call is None:
                 below = [n for n, _ in node.next_functions if n is not None]
+                if self._shared:
+                    below = [n for n in below if n not in self._shared or not self._is_added(n, node, call_at)]
             else:
                 below = [] if call.input_node is None else [call.input_node]
             if is_done:
@@ -240,6 +275,8 @@ class LayerCalls:
                 has_call_below[node] = False
                 if call is not None:
                     reached.append(call)
+                elif node in self._added:
+                    reached.append(self._added[node])
                 name = self._names.get(id(getattr(node, "variable", None)))
                 if name is not None:
                     other.add(name)
@@ -258,6 +295,16 @@ class LayerCalls:
                     calls.setdefault(name, []).append(call)
         unused = frozenset(names) - other - calls.keys()
         return ParameterUses(calls, frozenset(other), unused, tuple(last))
+
+    def _is_added(self, shared: Node, total: Node, calls: Mapping[Node, LayerCall]) -> bool:
+        """Whether a node adds a shared call to what samples have; from then on it counts as a call of every sample."""
+        if total not in self._added:
+            call = self._shared[shared]
+            if not is_added_to_samples(total, shared, call.output_shape, self._num_samples, calls):
+                return False
+            self._added[total] = own = call.as_of_samples(self._num_samples, total)
+            total.register_prehook(_WhenGradArrives(self, own).before_node)
+        return True
 
     def rows_move_below(self, outputs: Iterable[Tensor]) -> bool:
         """Whether something between the inputs and these tensors, recorded calls left out, may move rows."""
@@ -345,13 +392,17 @@ def _without_hooks(model: nn.Module) -> Iterator[None]:
             setattr(module, kind, hooks)
 
 
-def _compare(signature: _Signature, probe: _Signature | None, num_samples: int) -> tuple[bool, ...]:
+def _compare(signature: _Signature, probe: _Signature | None, num_samples: int) -> tuple[_Axis, ...]:
     size = 3 if num_samples == 2 else 2
+    unknown: list[_Axis] = ["other"] * len(signature)
     if probe is None:
-        return (False,) * len(signature)
+        return tuple(unknown)
     if [module for module, _ in signature] != [module for module, _ in probe]:
-        return (False,) * len(signature)  # another way through the model: nothing can be told
-    return tuple(
-        shape[0] == num_samples and other[0] == size and shape[1:] == other[1:]
-        for (_, shape), (_, other) in zip(signature, probe, strict=True)
-    )
+        return tuple(unknown)  # another way through the model: nothing can be told
+
+    def axis(shape: torch.Size, other: torch.Size) -> _Axis:
+        if shape == other:
+            return "shared"
+        return "samples" if shape[0] == num_samples and other[0] == size and shape[1:] == other[1:] else "other"
+
+    return tuple(axis(shape, other) for (_, shape), (_, other) in zip(signature, probe, strict=True))

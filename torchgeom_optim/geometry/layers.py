@@ -187,7 +187,7 @@ def _convolution(module: _ConvNd, x: Tensor, g: Tensor, names: Collection[str]) 
 
 def _embedding(module: nn.Embedding, tokens: Tensor, g: Tensor, names: Collection[str]) -> dict[str, Factor]:
     g = g.reshape(*g.shape[:2], -1, g.shape[-1])
-    tokens = tokens.reshape(tokens.shape[0], -1).long()
+    tokens = tokens.reshape(tokens.shape[0], -1).long().contiguous()
     if module.padding_idx is not None:
         g = g * (tokens != module.padding_idx)[:, None, :, None]
     return {"weight": TokenFactor(tokens, g, module.num_embeddings)}

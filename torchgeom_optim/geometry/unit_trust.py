@@ -41,11 +41,11 @@ def spread_floor(mean_spread_sq: Tensor, input_sq: Tensor, share: float = FLAT_S
 
 
 def expected_change(past: Tensor, change_sq: Tensor, decay: float) -> Tensor:
-    """E[r_j^2], a running average that one batch cannot fill with infinity for good.
+    """E[r_j^2], a running average that no batch can fill with infinity.
 
     Where r_j^2 itself overflows (float32: gradients of 1e20) the step is 0 and the average stays what it was. If there
-    is none yet it begins at a sixteenth of the largest number, the bound of all averages, with which means over a layer
-    are finite, and decays from then on.
+    is none yet it is put at its bound, a sixteenth of the largest number, with which means over a layer are finite; an
+    average at the bound has seen nothing to go by and begins with the next batch, as if that were the first.
 
     Args:
         past: the average so far; before the first batch, its r_j^2.
@@ -53,12 +53,16 @@ def expected_change(past: Tensor, change_sq: Tensor, decay: float) -> Tensor:
         decay: weight of the past, in [0, 1).
 
     Returns:
-        The new average, [m]. Elementwise: vectors of several layers may be joined.
+        The new average, [m], finite. Elementwise: vectors of several layers may be joined.
+
+    Example:
+        >>> expected_change(torch.tensor([4.0, 1e38]), torch.tensor([8.0, 8.0]), decay=0.75)
+        tensor([5., 8.])
     """
     largest = torch.finfo(change_sq.dtype).max / 16
-    past = past.clamp(max=largest)
-    now = torch.where(change_sq.isinf(), past, change_sq.clamp(max=largest))
-    return torch.lerp(past, now, 1 - decay)
+    now = change_sq.clamp(max=largest)
+    average = torch.lerp(torch.where(past < largest, past, now), now, 1 - decay)
+    return torch.where(change_sq.isinf(), past.clamp(max=largest), average)
 
 
 def relative_change(change_sq: Tensor, expected_change_sq: Tensor, spread_sq: Tensor) -> Tensor:

@@ -1,13 +1,15 @@
-"""What a checkpoint has to be like before anything of it is taken over."""
+"""States of an optimizer to go back to: what a checkpoint has to be like, and the state before a step that failed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
+from torch.optim import Optimizer
 
-__all__ = ["STATE_VERSION", "require_shapes", "require_version", "seen_by_hooks"]
+__all__ = ["STATE_VERSION", "back_on_error", "require_shapes", "require_version", "seen_by_hooks"]
 
 STATE_VERSION = 1
 
@@ -74,3 +76,25 @@ def require_shapes(parameter: Tensor, values: Mapping[str, Any], needs: Mapping[
                 f"{tuple(parameter.shape)}; need {need}: it is of another model or of other blocks, or its groups are "
                 "in another order. Nothing was changed."
             )
+
+
+@contextmanager
+def back_on_error(optimizer: Optimizer) -> Iterator[None]:
+    """Inside, an error brings back the state and the groups as they were. Tensors are not copied, only referred to.
+
+    Args:
+        optimizer: whose state is not changed in place inside; new tensors take the place of old ones.
+    """
+    state = {p: dict(values) for p, values in optimizer.state.items()}
+    groups = [dict(group) for group in optimizer.param_groups]
+    try:
+        yield
+    except BaseException:
+        for p, values in list(optimizer.state.items()):
+            values.clear()
+            values.update(state.get(p, {}))
+            if p not in state:
+                del optimizer.state[p]
+        for group, before in zip(optimizer.param_groups, groups, strict=True):
+            group.update(before)
+        raise

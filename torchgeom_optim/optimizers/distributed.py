@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
@@ -132,14 +133,21 @@ class Ranks:
         self._has_agreed = True
 
     def _reduce(self, tensor: Tensor, operation: Any) -> None:
-        try:
+        with _naming_the_group(self.number):
             distributed.all_reduce(tensor, operation, group=self._group)
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"got an error from the process group, in which {self.number} processes average what their layers have "
-                f"seen ({error}); need all of them to take this step: look for the first that failed, and start all "
-                "again from the last checkpoint. Nothing was changed."
-            ) from error
+
+
+@contextmanager
+def _naming_the_group(number: int) -> Iterator[None]:
+    """Inside, what goes wrong between the processes is told as that."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"got an error from the process group, in which {number} processes take each step together ({error}); need "
+            "all of them to take this step: look for the first that failed, and start all again from the last "
+            "checkpoint. Nothing was changed."
+        ) from error
 
 
 # -- tensors of which each process holds a part --------------------------------------------------------------------
@@ -153,7 +161,10 @@ def is_sharded(tensor: object) -> TypeGuard[DTensor]:
 
 def whole(tensor: Tensor) -> Tensor:
     """The complete tensor, brought together from all processes, which must all call this; else the tensor itself."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor
+    if not is_sharded(tensor):
+        return tensor
+    with _naming_the_group(tensor.device_mesh.size()):
+        return tensor.full_tensor()
 
 
 def part_like(tensor: Tensor, like: Tensor) -> Tensor:

@@ -17,7 +17,13 @@ from torch.optim.optimizer import Optimizer
 from torch.optim.sgd import sgd
 
 from torchgeom_optim.geometry.capture import Capture, activations_are_not_kept
-from torchgeom_optim.optimizers.checkpoints import STATE_VERSION, require_shapes, require_version, seen_by_hooks
+from torchgeom_optim.optimizers.checkpoints import (
+    STATE_VERSION,
+    back_on_error,
+    require_shapes,
+    require_version,
+    seen_by_hooks,
+)
 from torchgeom_optim.optimizers.distributed import Ranks, process_group_of, require_whole_layers
 from torchgeom_optim.optimizers.finite_gradients import require_finite_gradients
 from torchgeom_optim.optimizers.layers import AffineLayer, LayerCall, SeenCall, find_affine_layers
@@ -38,8 +44,9 @@ class LayerwiseOptimizer(Optimizer):
     hyper-parameters of ``torch.optim.SGD`` and ``rule``, where "sgd" leaves a parameter to plain SGD.
 
     Several processes: before a step, what all of them have seen of a layer takes the place of the layer's own calls
-    (:meth:`_calls_of_all_ranks`), so that a subclass that goes by these has statistics of the whole batch, equal in
-    all processes. Whatever else it measures on its part of the batch goes through :meth:`Ranks.means`.
+    (:meth:`_together`), so that a subclass that goes by these has statistics of the whole batch, equal in
+    all processes. Whatever else it measures on its part of the batch goes through :meth:`Ranks.means`. As a process may
+    be lost there, :meth:`_directions` changes no tensor of the state in place before the last such call of a step.
 
     Args:
         params: a model, or parameters or groups of them.
@@ -261,7 +268,8 @@ class LayerwiseOptimizer(Optimizer):
             The closure's loss, if there is one.
 
         Raises:
-            RuntimeError: a layer has a gradient, but no pass with gradients went through it; nothing was changed.
+            RuntimeError: a layer has a gradient, but no pass with gradients went through it; or another process is
+                lost; nothing was changed.
             FloatingPointError: gradients are not finite, and this is looked at; nothing was changed.
         """
         loss = None
@@ -275,7 +283,7 @@ class LayerwiseOptimizer(Optimizer):
         with torch.no_grad():
             with (
                 torch.autocast(device_type, enabled=False) if in_autocast else nullcontext(),
-                self._calls_of_all_ranks(active) if self._ranks.number > 1 else nullcontext(),
+                self._together(active) if self._ranks.number > 1 else nullcontext(),
             ):
                 self._check_calls(active)
                 if active and self._error_if_nonfinite is not False:  # which would spoil the statistics for good
@@ -291,29 +299,38 @@ class LayerwiseOptimizer(Optimizer):
     # -- several processes ---------------------------------------------------------------------------------------
 
     @contextmanager
-    def _calls_of_all_ranks(self, active: list[AffineLayer]) -> Iterator[None]:
-        """Inside, the calls of a layer are one: what all processes have seen. An error brings back the layer's own.
+    def _together(self, active: list[AffineLayer]) -> Iterator[None]:
+        """Inside, the calls of a layer are one: what all processes have seen. An error brings everything back."""
+        calls = [(layer, layer.calls) for layer in self._layers]
+        try:
+            with back_on_error(self):
+                layers = self._pool_calls(active)
+                yield
+                for layer in layers:
+                    # Of a layer that is not stepped only the processes that called it know them; states have to agree.
+                    if layer in active and (moments := layer.output_moments()) is not None:
+                        self.state[layer.weight]["output_mean"] = moments.mean
+        except BaseException:
+            for layer, own in calls:
+                layer.calls = own
+            raise
+
+    def _pool_calls(self, active: list[AffineLayer]) -> list[AffineLayer]:
+        """Put what all processes have seen in the place of each layer's own calls.
 
         One collective for all layers; two more in the first step of a process, to compare and to find means.
+
+        Returns:
+            The layers that the processes spoke of.
         """
-        own = [(layer, layer.calls) for layer in self._layers]
         # Not only layers with a gradient here: the processes have to speak of the same ones.
         layers = [layer for layer in self._layers if self._is_seen(layer)]
-        try:
-            pooled = calls_of_all_ranks(self._ranks, [self._wanted(layer) for layer in layers]) if layers else []
-            for layer, (call, extras) in zip(layers, pooled, strict=True):
-                # Whether a layer that this process did not call was called at all: only then wait for the device.
-                if layer.calls or (layer in active and float(call.num_samples) > 0):
-                    layer.calls = [self._with_extras(call, extras)]
-            yield
-            for layer in layers:
-                # Of a layer that is not stepped only the processes that called it know them; states have to agree.
-                if layer in active and (moments := layer.output_moments()) is not None:
-                    self.state[layer.weight]["output_mean"] = moments.mean
-        except BaseException:
-            for layer, calls in own:
-                layer.calls = calls
-            raise
+        pooled = calls_of_all_ranks(self._ranks, [self._wanted(layer) for layer in layers]) if layers else []
+        for layer, (call, extras) in zip(layers, pooled, strict=True):
+            # Whether a layer that this process did not call was called at all: only then wait for the device.
+            if layer.calls or (layer in active and float(call.num_samples) > 0):
+                layer.calls = [self._with_extras(call, extras)]
+        return layers
 
     def _is_seen(self, layer: AffineLayer) -> bool:
         """Whether the calls of a layer matter; the same in all processes."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchgeom_optim.geometry.capture import activations_are_not_kept
-from torchgeom_optim.geometry.metric import BLOCKS, Block, BlockValues, scale_blocks
+from torchgeom_optim.geometry.metric import BLOCKS, Block, BlockValues, LayerVector, scale_blocks
 from torchgeom_optim.geometry.trust_region import inverse_lengths, network_sum
 from torchgeom_optim.optimizers.block_metrics import Part, Solved, parts_with_gradients, shapes_of_statistics, solved
 from torchgeom_optim.optimizers.hyperparameters import check_choice, check_interval, check_range, check_sgd_settings
@@ -168,7 +168,8 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
         ValueError: a hyper-parameter out of its range, a metric that couples the wanted blocks, or parameters that
             the model does not own.
         TypeError: a value of the wrong type.
-        RuntimeError: at :meth:`step`, when a layer's inputs are needed and no pass with gradients went through it.
+        RuntimeError: at :meth:`step`, when a layer's inputs are needed and no pass with gradients went through it, or
+            when one of several processes is lost; nothing was changed.
         NotPositiveDefiniteError: at :meth:`step`; nothing was changed.
         FloatingPointError: at :meth:`step`: gradients that are not finite; nothing was changed.
 
@@ -374,18 +375,23 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
     def _directions(self, layers: list[AffineLayer]) -> dict[int, Tensor]:
         kind: Block = "layer" if self.block == "network" else self.block
         parts = parts_with_gradients(layers, self._group_of, self.param_groups, self.state)
+        momenta = [self._foreign_momentum(part) for part in parts]  # sharded ones come together while all is as it was
         found = [self._solved(part) for part in parts]  # may raise; nothing has changed so far
         norms = [self._norms(part, solution, kind) for part, solution in zip(parts, found, strict=True)]
         if self.block == "network" and norms:
             norms = [network_sum(norms)] * len(parts)
         directions: dict[int, Tensor] = {}
-        for part, solution, values in zip(parts, found, norms, strict=True):
+        for part, solution, values, momentum in zip(parts, found, norms, momenta, strict=True):
             factors = inverse_lengths(values, part.group["eps"] if self._expectation != "fan_in" else 0.0)
             part.write(scale_blocks(solution.direction, factors, kind, in_place=solution.is_new), directions)
             for p, _, new in part.parameters:
                 self.state[p].update(new)
-            if self._has_foreign_momentum:
-                self._take_over_momentum(part, solution, factors, kind)
+            if momentum is not None:
+                buffers: dict[int, Tensor] = {}
+                part.write(scale_blocks(solution.solve(momentum), factors, kind), buffers)
+                for p, _, _ in part.parameters:
+                    self.state[p].pop("gradient_momentum", None)
+                    self.state[p]["momentum_buffer"] = buffers[id(p)]
         if self._has_foreign_momentum:  # of what sat this step out
             self._has_foreign_momentum = any("gradient_momentum" in values for values in self.state.values())
         return directions
@@ -414,17 +420,13 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
             return bound_by_samples(part, solution, kind)
         return average_of_steps(part, solution, kind, from_zero=self._norm_start == "zero")
 
-    def _take_over_momentum(self, part: Part, solution: Solved, factors: BlockValues, kind: Block) -> None:
-        """Put momentum of a run with torch.optim.SGD, which averages gradients, into our coordinates."""
-        before = [self.state[p].pop("gradient_momentum", None) for p, _, _ in part.parameters]
-        if all(momentum is None for momentum in before):
-            return
-        filled = [torch.zeros_like(p) if m is None else m for (p, _, _), m in zip(part.parameters, before, strict=True)]
-        momentum = part.vector(filled[0], None if part.bias is None else filled[1])
-        buffers: dict[int, Tensor] = {}
-        part.write(scale_blocks(solution.solve(momentum), factors, kind), buffers)
-        for p, _, _ in part.parameters:
-            self.state[p]["momentum_buffer"] = buffers[id(p)]
+    def _foreign_momentum(self, part: Part) -> LayerVector | None:
+        """Momentum of a run with torch.optim.SGD, which averages gradients: to be put into our coordinates."""
+        known = [past.get("gradient_momentum") for _, past, _ in part.parameters]
+        if all(momentum is None for momentum in known):
+            return None
+        filled = [torch.zeros_like(p) if m is None else m for (p, _, _), m in zip(part.parameters, known, strict=True)]
+        return part.vector(filled[0], None if part.bias is None else filled[1])
 
     def _descend(self, group: dict[str, Any], directions: Mapping[int, Tensor]) -> None:
         if group["rule"] != "sgd" and group["weight_decay"] != 0:

@@ -107,23 +107,24 @@ def _accumulate(
     directions: dict[int, Tensor],
     state: Mapping[Tensor, dict[str, Any]],
 ) -> None:
-    """Momentum as in SGD, before the trust region; directions become tensors of their own."""
+    """Momentum as in SGD, before the trust region; directions become tensors of their own, the past stays as it was."""
     momentum = group["momentum"]
     if not momentum or not stepped:
         return
     now = [directions[id(p)] for p in stepped]
-    new = [k for k, p in enumerate(stepped) if state[p].get("momentum_buffer") is None]
-    for k in new:
-        state[stepped[k]]["momentum_buffer"] = now[k].clone()
-    old = [k for k in range(len(stepped)) if k not in set(new)]
-    buffers = [state[stepped[k]]["momentum_buffer"] for k in old]
-    if buffers:
-        torch._foreach_mul_(buffers, momentum)  # pyright: ignore[reportPrivateImportUsage]
-        new_parts = [now[k] for k in old]
-        torch._foreach_add_(buffers, new_parts, alpha=1 - group["dampening"])  # pyright: ignore[reportPrivateImportUsage]
-    for p, direction in zip(stepped, now, strict=True):
-        buffer = state[p]["momentum_buffer"]
-        directions[id(p)] = direction.add(buffer, alpha=momentum) if group["nesterov"] else buffer.clone()
+    past = [state[p].get("momentum_buffer") for p in stepped]
+    known = [(direction, buffer) for direction, buffer in zip(now, past, strict=True) if buffer is not None]
+    buffers: Sequence[Tensor] = ()
+    if known:
+        new_parts, old_parts = zip(*known, strict=True)
+        if group["dampening"]:
+            torch._foreach_mul_(new_parts, 1 - group["dampening"])  # pyright: ignore[reportPrivateImportUsage]
+        buffers = torch._foreach_add(new_parts, old_parts, alpha=momentum)  # pyright: ignore[reportPrivateImportUsage]
+    averaged = iter(buffers)
+    for p, direction, before in zip(stepped, now, past, strict=True):
+        buffer = direction.clone() if before is None else next(averaged)
+        state[p]["momentum_buffer"] = buffer
+        directions[id(p)] = direction.add_(buffer, alpha=momentum) if group["nesterov"] else direction.copy_(buffer)
 
 
 def can_be_scaled(parameter: Tensor) -> bool:

@@ -128,7 +128,8 @@ class WhiteningSGD(LayerwiseOptimizer):
     Raises:
         ValueError: a hyper-parameter out of its range, or parameters that the model does not own.
         TypeError: a value of the wrong type.
-        RuntimeError: at :meth:`step`, when no pass with gradients went through a layer that has a gradient.
+        RuntimeError: at :meth:`step`, when no pass with gradients went through a layer that has a gradient, or when one
+            of several processes is lost; nothing was changed.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
