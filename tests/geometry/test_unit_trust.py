@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.oracles import tolerance
-from torchgeom_optim.geometry.unit_trust import expected_change, relative_change, spread_floor, unit_scale
+from torchgeom_optim.geometry.unit_trust import expected_slope, spread_floor, unit_scale
 
 
 def positive(seed: int, scale: float = 1.0) -> torch.Tensor:
@@ -19,32 +19,43 @@ def positive(seed: int, scale: float = 1.0) -> torch.Tensor:
 
 @given(seed=st.integers(0, 1000), exponent=st.integers(-6, 6))
 def test_a_scaled_direction_moves_a_unit_by_its_spread_at_most(seed, exponent):
-    change, expected, spread = positive(seed, 10.0**exponent), positive(seed + 1, 10.0**exponent), positive(seed + 2)
-    relative = relative_change(change, expected, spread)
-    scale = unit_scale(relative, torch.zeros((), dtype=torch.float64))
+    change, spread, expected = positive(seed, 10.0**exponent), positive(seed + 2), positive(seed + 1, 10.0**exponent)
+    slope = change * spread
+    bound = torch.maximum(slope, expected)
+    scale = unit_scale(spread, bound, torch.zeros((), dtype=torch.float64))
     moved = scale.square() * change / spread
     assert bool((moved <= 1 + 1e-12).all())
-    larger = change >= expected
+    larger = slope >= expected
     torch.testing.assert_close(moved[larger], torch.ones_like(moved[larger]), **tolerance())
-    floored = unit_scale(relative, relative.mean() * 0.01)
-    assert bool((floored < scale).all())
+    assert bool((unit_scale(spread, bound, bound.mean() * 0.01) < scale).all())
 
 
-def test_directions_of_zero_have_a_finite_scale():
+@given(seed=st.integers(0, 1000), exponent=st.integers(-6, 6))
+def test_a_rescaled_unit_moves_by_the_same_share(seed, exponent):
+    """Its outputs times kappa, its gradient divided by it: kappa^2 c then goes with d / kappa as kappa does with y."""
+    change, spread, kappa = positive(seed), positive(seed + 2), 10.0**exponent
+    scale = unit_scale(spread, change * spread, (change * spread).mean() * 0.01)
+    change, spread = change / kappa**2, spread * kappa**2
+    other = unit_scale(spread, change * spread, (change * spread).mean() * 0.01)
+    torch.testing.assert_close(other, scale * kappa**2, **tolerance())
+
+
+def test_directions_of_zero_have_a_finite_scale_and_slopes_without_end_have_none():
     zeros = torch.zeros(3)
-    assert bool(unit_scale(relative_change(zeros, zeros, torch.ones(3)), torch.zeros(())).isfinite().all())
+    assert bool(unit_scale(torch.ones(3), zeros, torch.zeros(())).isfinite().all())
+    torch.testing.assert_close(unit_scale(torch.ones(3), zeros + math.inf, torch.zeros(())), zeros)
 
 
 def test_the_floor_is_a_share_of_the_layer_and_of_its_inputs():
     floors = spread_floor(torch.tensor([2.0, 0.0]).double(), torch.tensor([5.0, 3.0]).double())
-    torch.testing.assert_close(floors, torch.tensor([0.02 + 5e-4, 3e-4], dtype=torch.float64), **tolerance())
+    torch.testing.assert_close(floors, torch.tensor([2e-3 + 5e-5, 3e-5], dtype=torch.float64), **tolerance())
 
 
-def averages(changes: torch.Tensor, decay: float = 0.95) -> torch.Tensor:
+def averages(slopes: torch.Tensor, decay: float = 0.95) -> torch.Tensor:
     """The running average after each batch, as the optimizer takes it."""
-    found, past = [], changes[0]
-    for change_sq in changes:
-        past = expected_change(past, change_sq, decay)
+    found, past = [], slopes[0]
+    for slope_sq in slopes:
+        past = expected_slope(past, slope_sq, decay)
         found.append(past)
     return torch.stack(found)
 
@@ -54,10 +65,10 @@ def lognormal(number: int) -> torch.Tensor:
 
 
 def test_the_average_is_a_running_one_that_its_first_batch_initialises():
-    changes = lognormal(50)
-    expected = changes[0].clone()
-    for change_sq, average in zip(changes, averages(changes, 0.9), strict=True):
-        expected = 0.9 * expected + 0.1 * change_sq
+    slopes = lognormal(50)
+    expected = slopes[0].clone()
+    for slope_sq, average in zip(slopes, averages(slopes, 0.9), strict=True):
+        expected = 0.9 * expected + 0.1 * slope_sq
         torch.testing.assert_close(average, expected)
 
 
@@ -65,21 +76,21 @@ def test_the_average_is_a_running_one_that_its_first_batch_initialises():
 @pytest.mark.parametrize("huge", [math.inf, 1e38])
 def test_overflows_at_the_start_leave_no_trace(huge, number):
     """Three hundred steps: an average without these batches, and one that an ordinary batch stands in the place of."""
-    changes = lognormal(300)
-    overflowed = changes.clone()
+    slopes = lognormal(300)
+    overflowed = slopes.clone()
     overflowed[:number, 0] = huge
     found = averages(overflowed)
     assert bool(found.isfinite().all())
-    torch.testing.assert_close(found[:, 1:], averages(changes)[:, 1:], rtol=0, atol=0)  # of others
-    torch.testing.assert_close(found[number:, 0], averages(changes[number:])[:, 0], rtol=0, atol=0)
-    bias = (found[-1, 0] / averages(changes)[-1, 0] - 1).abs()
+    torch.testing.assert_close(found[:, 1:], averages(slopes)[:, 1:], rtol=0, atol=0)  # of others
+    torch.testing.assert_close(found[number:, 0], averages(slopes[number:])[:, 0], rtol=0, atol=0)
+    bias = (found[-1, 0] / averages(slopes)[-1, 0] - 1).abs()
     assert float(bias) < 1e-5  # 0.95^300 is 2e-7
 
 
 def test_an_overflow_later_on_is_passed_over():
-    changes = lognormal(300)
-    overflowed = changes.clone()
+    slopes = lognormal(300)
+    overflowed = slopes.clone()
     overflowed[20, 0] = math.inf
-    kept = torch.cat([changes[:20], changes[21:]])
+    kept = torch.cat([slopes[:20], slopes[21:]])
     torch.testing.assert_close(averages(overflowed)[-1, 0], averages(kept)[-1, 0], rtol=0, atol=0)
     assert torch.equal(averages(overflowed)[20, 0], averages(overflowed)[19, 0])

@@ -14,7 +14,7 @@ Call = tuple[nn.Module, Tensor, Tensor]  # module, input, output
 
 
 class TrustedReference:
-    """WhiteningSGD(model) for losses that reach every layer, with decay 0.95 and damping 0.01.
+    """WhiteningSGD(model) for losses that reach every layer, with decay 0.95 and damping 0.001.
 
     Args:
         model: its linear layers, convolutions and embeddings are whitened; modules that share a weight are one layer.
@@ -23,11 +23,12 @@ class TrustedReference:
         length: of the chain of layers.
         fault: what to get wrong, for tests that must fail:
 
-            - "no_present": the bound goes by the average of r^2 alone
-            - "no_memory": by the present r^2 alone
+            - "no_present": the bound goes by the average of t^2 alone
+            - "no_memory": by the present t^2 alone
+            - "average_of_changes": by the average of r^2
             - "uncorrelated": r^2 by the formula that takes inputs for uncorrelated, in place of a measurement
             - "no_spread_floor": sigma^2 as it is
-            - "no_scale_floor": c = 1 / sqrt(q)
+            - "no_slope_floor": c = sigma^2 / sqrt(t^2)
             - "no_guard": alpha^2 by the running averages alone
             - "one_call": of several calls of a layer only the last is measured
             - "centred": inputs' means are moved out of weights even where no bias can take them up
@@ -71,7 +72,7 @@ class TrustedReference:
             outputs = torch.cat([outputs_by_row(module, y) for module, _, y in own])
             spread = outputs.var(0, unbiased=False)
             if self.fault != "no_spread_floor":
-                spread = spread + 0.01 * spread.mean() + 1e-4 * input_sq[weight]
+                spread = spread + 1e-3 * spread.mean() + 1e-5 * input_sq[weight]
             is_embedding = isinstance(own[0][0], nn.Embedding)
             self._scale(weight, change, spread, [weight, *biases], directions, by_column=is_embedding)
             covered |= {weight, *biases}
@@ -79,12 +80,12 @@ class TrustedReference:
             if isinstance(module, NORMS):
                 change = directions[module.weight].square() + directions[module.bias].square()
                 spread = (1.0 if self.fault == "whole_norms" else 0.01) * (module.weight.square() + 0.01)
-                spread = spread + 0.01 * spread.mean()
+                spread = spread + 1e-3 * spread.mean()
                 self._scale(module.weight, change, spread, [module.weight, module.bias], directions)
                 covered |= {module.weight, module.bias}
         for p in self.model.parameters():
             if p not in covered:
-                change, spread = directions[p].square().mean()[None], 1.01 * (p.square().mean()[None] + 1e-4)
+                change, spread = directions[p].square().mean()[None], 1.001 * (p.square().mean()[None] + 1e-4)
                 directions[p] = directions[p] * self._factors(p, change, spread)[0]
         if self.fault == "momentum_outside":
             self._accumulate(directions)
@@ -107,7 +108,7 @@ class TrustedReference:
         q = square - mu.square()
         if self.fault != "no_guard":
             q = torch.maximum(q, (x - mu).square().mean(0))
-        alpha_sq = 1 / (q + 0.01 * q.mean())
+        alpha_sq = 1 / (q + 0.001 * q.mean())
         by_unit = weight.grad.T if isinstance(module, nn.Embedding) else weight.grad
         step, groups = torch.empty_like(by_unit), getattr(module, "groups", 1)
         for j in range(len(by_unit)):
@@ -170,10 +171,13 @@ class TrustedReference:
             directions[p] = units.T if by_column else units
 
     def _factors(self, owner: Tensor, change: Tensor, spread: Tensor) -> Tensor:
-        past = self.expected.get(owner, change)
-        self.expected[owner] = expected = 0.95 * past + 0.05 * change
-        bound = {"no_present": expected, "no_memory": change}.get(self.fault, torch.maximum(expected, change))
-        q = bound / spread
-        floor = 0.0 if self.fault == "no_scale_floor" else 0.01 * float(q.mean())
-        scale = torch.tensor([1 / math.sqrt(float(value) + floor) for value in q], dtype=q.dtype)
+        slope = change if self.fault == "average_of_changes" else change * spread
+        past = self.expected.get(owner, slope)
+        self.expected[owner] = expected = 0.95 * past + 0.05 * slope
+        if self.fault == "average_of_changes":
+            slope, expected = slope * spread, expected * spread
+        bound = {"no_present": expected, "no_memory": slope}.get(self.fault, torch.maximum(expected, slope))
+        floor = 0.0 if self.fault == "no_slope_floor" else 0.01 * float(bound.mean())
+        pairs = zip(spread.tolist(), bound.tolist(), strict=True)
+        scale = torch.tensor([own / math.sqrt(value + floor) for own, value in pairs], dtype=spread.dtype)
         return self.share * scale if self.kappa is None else torch.clamp(self.kappa * scale, max=1.0)

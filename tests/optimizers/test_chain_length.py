@@ -1,11 +1,14 @@
-"""Layers that every signal has to pass."""
+"""Moves that add up: layers in a row, layers beside skip connections, factors of products."""
 
 from __future__ import annotations
+
+import copy
 
 import pytest
 import torch
 from torch import nn
 
+from tests.oracles import tolerance
 from torchgeom_optim import WhiteningSGD
 from torchgeom_optim.models.reference import lenet, mlp_deep, resnet8, resnet20
 
@@ -26,17 +29,97 @@ class Skipping(nn.Module):
     ("build", "shape", "length"),
     [
         (lambda: nn.Linear(3, 2), (4, 3), 1),
-        (Skipping, (3, 3), 2),
+        (Skipping, (3, 3), 4),
         (lenet, (2, 3, 32, 32), 5),
         (mlp_deep, (2, 784), 10),
-        (resnet8, (2, 3, 8, 8), 4),  # stem, two projections, head
-        (resnet20, (2, 3, 8, 8), 4),
+        (resnet8, (2, 3, 8, 8), 5),  # of ten layers
+        (resnet20, (2, 3, 8, 8), 8),  # of 22
     ],
 )
-def test_residual_branches_do_not_count(build, shape, length):
+def test_residual_branches_count_like_random_numbers(build, shape, length):
     model = build()
     optimizer = WhiteningSGD(model)
     model(torch.randn(shape)).square().mean().backward()
     optimizer.step()
     assert optimizer.param_groups[0]["chain_length"] == length
     assert WhiteningSGD(model, chain_length=7).param_groups[0]["chain_length"] == 7
+
+
+def rms_norm(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+
+
+def gelu(x: torch.Tensor) -> torch.Tensor:
+    return 0.5 * x * (1 + torch.tanh(0.8 * (x + 0.04 * x**3)))
+
+
+def attention(x: torch.Tensor) -> torch.Tensor:
+    q, k, v = x.chunk(3, -1)
+    return torch.softmax(q @ k.mT, -1) @ v
+
+
+def fused_attention(x: torch.Tensor) -> torch.Tensor:
+    q, k, v = (part.view(2, 5, 1, 2).transpose(1, 2) for part in x.split(2, -1))
+    return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(2, 5, 2)
+
+
+@pytest.mark.parametrize(
+    ("between", "factors"),
+    [
+        (torch.relu, None),
+        (lambda x: 3 * x + 1, None),
+        (lambda x: nn.functional.dropout(x, 0.5), None),
+        (lambda x: x / x.norm(), None),
+        (rms_norm, None),
+        (gelu, None),
+        (lambda x: x * torch.sigmoid(x), None),
+        (lambda x: nn.functional.glu(x, -1), None),  # one operation: what it multiplies is not seen
+        (lambda x: x[..., :3] * torch.sigmoid(x[..., 3:]), 2),
+        (lambda x: torch.mul(*x.chunk(2, -1)), 2),
+        (lambda x: x @ x.mT, 2),
+        (attention, 3),
+        (fused_attention, 3),
+        (lambda x: torch.relu(attention(x)) + x[..., :2], 3),
+        (lambda x: attention(x) @ attention(x).mT, 4),  # no more are counted
+    ],
+)
+def test_factors_of_products_share_the_radius(between, factors):
+    first = nn.Linear(4, 6)
+    x = torch.randn(2, 5, 4)
+    middle = between(first(x))
+    last = nn.Linear(middle.shape[-1], 3)
+    model = nn.ModuleList([first, last])
+    optimizer = WhiteningSGD(model)
+    last(between(first(x))).square().mean().backward()
+    optimizer.step()
+    assert optimizer.state[first.weight].get("factors") == factors
+    assert "factors" not in optimizer.state[last.weight]
+
+
+def test_separate_layers_whose_outputs_are_multiplied_all_share():
+    torch.manual_seed(0)
+    gate, value, last = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 3)
+    model = nn.ModuleList([gate, value, last]).double()
+    other = copy.deepcopy(model)
+    x = torch.randn(8, 4, dtype=torch.float64)
+    moves = []
+    for net, length in ((model, None), (other, 2)):  # a length that is given: no product is looked for
+        before = [layer.weight.detach().clone() for layer in net]
+        optimizer = WhiteningSGD(net, chain_length=length)
+        net[2](net[0](x).sigmoid() * net[1](x)).square().mean().backward()
+        optimizer.step()
+        moves.append([layer.weight.detach() - old for layer, old in zip(net, before, strict=True)])
+    for move, alone, factors in zip(*moves, (2, 2, 1), strict=True):
+        torch.testing.assert_close(move * factors, alone, **tolerance())
+
+
+def test_factors_are_part_of_the_state():
+    gate, value, last = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 3)
+    model = nn.ModuleList([gate, value, last])
+    optimizer = WhiteningSGD(model)
+    last(gate(torch.randn(8, 4)).sigmoid() * value(torch.randn(8, 4))).square().mean().backward()
+    optimizer.step()
+    other = copy.deepcopy(model)
+    resumed = WhiteningSGD(other)
+    resumed.load_state_dict(optimizer.state_dict())
+    assert [resumed.state[layer.weight].get("factors") for layer in other] == [2, 2, None]

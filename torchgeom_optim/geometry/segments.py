@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-__all__ = ["Segments"]
+__all__ = ["Segments", "constants"]
 
 
 class Segments:
@@ -48,3 +48,18 @@ def _places(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     place = torch.arange(len(sizes)).repeat_interleave(lengths)
     share = lengths.to(dtype).clamp_(min=1).reciprocal_().repeat_interleave(lengths)
     return place.to(device), share.to(device)
+
+
+@lru_cache(maxsize=64)
+def constants(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """These numbers as a tensor, which is made once and must not be changed.
+
+    Args:
+        numbers: one for each vector.
+        dtype: of the tensor.
+        device: of the tensor.
+
+    Returns:
+        Shape [number of vectors].
+    """
+    return torch.tensor(numbers, dtype=dtype, device=device)

@@ -92,21 +92,22 @@ class Ranks:
                 means[place] = (values * share).view(tensors[place].shape)
         return means
 
-    def largest(self, value: float, device: torch.device) -> float:
-        """The largest of the values that the processes give; waits for the device if there are several.
+    def largest(self, values: Sequence[float], device: torch.device) -> list[float]:
+        """The largest of the values that the processes give, place by place; waits for the device if there are several.
 
         Args:
-            value: of this process.
+            values: of this process, as many as of any other.
             device: that the processes communicate from.
 
         Returns:
-            The same number in all of them.
+            The same numbers in all of them.
         """
         if self.number == 1:
-            return value
-        found = torch.tensor(float(value), device=device)
+            return list(values)
+        found = torch.tensor([float(value) for value in values], device=device)
         self._reduce(found, distributed.ReduceOp.MAX)
-        return float(found)
+        largest: list[float] = found.tolist()
+        return largest
 
     def require_agreement(self, layout: Sequence[Hashable], device: torch.device) -> None:
         """Compare, the first time, what the processes are about to average.

@@ -34,7 +34,7 @@ def require_finite_gradients(
     norms = torch._foreach_norm([value for value in values if value.numel() > 0], math.inf)  # pyright: ignore[reportPrivateImportUsage]
     is_bad = bool(norms) and not bool(torch.stack([norm.to(norms[0].device).isfinite() for norm in norms]).all())
     if any(is_sharded(p) for p in parameters):
-        is_bad = ranks.largest(float(is_bad), grads[0].device) > 0
+        is_bad = ranks.largest([float(is_bad)], grads[0].device)[0] > 0
     if is_bad:
         known = names()
         bad = [known.get(p, "?") for p, v in zip(parameters, values, strict=True) if not bool(v.isfinite().all())]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchgeom_optim.geometry.unit_trust import FLAT_SHARE, expected_change, relative_change, unit_scale
+from torchgeom_optim.geometry.unit_trust import SLOPE_SHARE, expected_slope, unit_scale
 from torchgeom_optim.optimizers.chain_length import ChainLength
 from torchgeom_optim.optimizers.distributed import Ranks
 from torchgeom_optim.optimizers.layers import AffineLayer
@@ -67,8 +67,7 @@ class TrustRegionRule:
         """
         for group in groups:
             if group["chain_length"] is None and group["params"]:
-                length = int(ranks.largest(self.chain.length, group["params"][0].device))
-                group["chain_length"] = length or None  # nothing was seen yet
+                self._take_from_chain(group, state, ranks)
             stepped = [p for p in group["params"] if can_be_scaled(p)]
             directions.update({id(p): p.grad.clone() for p in stepped if id(p) not in directions})
             _accumulate(group, stepped, directions, state)
@@ -99,6 +98,16 @@ class TrustRegionRule:
                 decay=group["decay"],
                 mean_over_ranks=ranks.means,
             )
+
+    def _take_from_chain(self, group: dict[str, Any], state: Mapping[Tensor, dict[str, Any]], ranks: Ranks) -> None:
+        """Length and factors, as any of the processes has seen them."""
+        params = group["params"]
+        seen = [self.chain.length, *(self.chain.factors.get(p, 1) for p in params)]
+        length, *factors = ranks.largest(seen, params[0].device)
+        group["chain_length"] = int(length) or None  # nothing was seen yet
+        for p, number in zip(params, factors, strict=True):
+            if number > 1:
+                state[p]["factors"] = int(number)
 
 
 def _accumulate(
@@ -140,11 +149,12 @@ def _bounded_alone(parameter: Tensor, group: Mapping[str, Any], state: dict[str,
     grad = grad.coalesce() if grad.is_sparse else grad
     values = grad.values() if grad.is_sparse else grad
     change_sq = (values.abs().square().sum() / parameter.numel()).reshape(1)
-    expected = expected_change(state.get("change_sq", change_sq), change_sq, group["decay"])
-    state["change_sq"] = expected
     own_sq = parameter.detach().abs().square().mean().reshape(1) + BARE_FLOOR
-    relative = relative_change(change_sq, expected, own_sq)
-    factor = _bounded(group, unit_scale(relative, FLAT_SHARE * relative)) * (1 - group["momentum"])
+    slope_sq = change_sq * own_sq
+    expected = expected_slope(state.get("slope_sq", slope_sq), slope_sq, group["decay"])
+    state["slope_sq"] = expected
+    slope_sq = torch.maximum(slope_sq, expected)
+    factor = _bounded(group, unit_scale(own_sq, slope_sq, SLOPE_SHARE * slope_sq)) * (1 - group["momentum"])
     scaled: Tensor = values * factor
     if grad.is_sparse:
         scaled = torch.sparse_coo_tensor(grad.indices(), scaled, grad.shape, check_invariants=False, is_coalesced=True)

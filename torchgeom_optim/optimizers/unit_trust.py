@@ -11,8 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from torchgeom_optim.geometry.moments import at_least_float32
-from torchgeom_optim.geometry.segments import Segments
-from torchgeom_optim.geometry.unit_trust import FLAT_SHARE, expected_change, relative_change, spread_floor, unit_scale
+from torchgeom_optim.geometry.segments import Segments, constants
+from torchgeom_optim.geometry.unit_trust import (
+    SLOPE_SHARE,
+    expected_slope,
+    spread_floor,
+    unit_scale,
+)
 from torchgeom_optim.optimizers.distributed import is_sharded, local_part, part_along, whole, with_local
 from torchgeom_optim.optimizers.layers import AffineLayer
 
@@ -34,10 +39,12 @@ class TrustedBlock:
     Attributes:
         owner: the parameter in whose state the block's numbers are kept.
         parts: each parameter, and the axis of its direction along which the units lie; None scales it as a whole.
-        change_sq: r_j^2 of the directions, [m].
+        change_sq: r_j^2 of the directions, [m]; of a layer that sits this step out, the slopes that are known.
         spread_sq: sigma_j^2.
         input_sq: mean square of what the units look at, for the floor of sigma_j^2; 0 where there is no such thing.
         num_samples: that r_j was measured on in this process, maybe none; None for what is known without measuring.
+        is_remembered: whether there are slopes in ``change_sq``.
+        factors: how many factors there are where outputs of the layer are multiplied, which share the radius.
     """
 
     owner: Tensor
@@ -46,6 +53,8 @@ class TrustedBlock:
     spread_sq: Tensor
     input_sq: Tensor
     num_samples: int | None = None
+    is_remembered: bool = False
+    factors: int = 1
 
 
 def layer_block(
@@ -73,13 +82,17 @@ def layer_block(
         state["spread_sq"] = spread
     num_samples: int | None
     change_sq, num_samples = layer.measured_change(complete)
-    if change_sq is None and layer.is_called_elsewhere:
-        change_sq = torch.zeros_like(state["spread_sq"])  # and counts for nothing
+    is_remembered = change_sq is None and not layer.is_called_elsewhere
+    if is_remembered:
+        change_sq, num_samples = state.get("slope_sq"), None
     elif change_sq is None:
-        change_sq, num_samples = state.get("change_sq"), None
+        change_sq = torch.zeros_like(state["spread_sq"])  # and counts for nothing
     if change_sq is None or "spread_sq" not in state:
         return None
-    return TrustedBlock(layer.weight, parts, change_sq, state["spread_sq"], input_sq, num_samples)
+    factors = state.get("factors", 1)
+    return TrustedBlock(
+        layer.weight, parts, change_sq, state["spread_sq"], input_sq, num_samples, is_remembered, factors
+    )
 
 
 def find_norms(model: nn.Module | None) -> dict[Tensor, Tensor | None]:
@@ -138,14 +151,14 @@ def scale_blocks(
     decay: float,
     mean_over_ranks: Callable[[Sequence[Tensor], Sequence[float]], list[Tensor]],
 ) -> None:
-    """Scale the directions of all blocks to the trust region, in place, and keep E[r_j^2].
+    """Scale the directions of all blocks to the trust region, in place, and keep E[t_j^2].
 
     Args:
         blocks: alike in everything that ``bound`` and ``decay`` depend on.
         directions: by the id of a parameter.
         state_of: the state of a parameter.
         bound: from c_j to the factor that a direction is multiplied by.
-        decay: of the running average of r_j^2.
+        decay: of the running average of t_j^2.
         mean_over_ranks: of what every process has measured, and on how many samples.
     """
     alike: dict[tuple[torch.dtype, torch.device], list[TrustedBlock]] = defaultdict(list)
@@ -158,25 +171,33 @@ def scale_blocks(
             row.change_sq = mean
         # The vectors of all blocks are joined, so that the number of operations hardly grows with that of the layers.
         sizes = tuple(row.change_sq.numel() for row in rows)
-        change_sq = torch.cat([row.change_sq for row in rows])
-        layers = Segments(sizes, change_sq)
-        past = torch.cat([_past(state_of(row.owner), row.change_sq) for row in rows])
-        expected = expected_change(past, change_sq, decay)
+        slope_sq = torch.cat([row.change_sq for row in rows])
+        layers = Segments(sizes, slope_sq)
         spread_sq = torch.cat([row.spread_sq for row in rows])
         floors = spread_floor(layers.means(spread_sq), torch.stack([row.input_sq for row in rows]))
-        relative = relative_change(change_sq, expected, spread_sq + layers.spread(floors))
-        scale = bound(unit_scale(relative, layers.spread(layers.means(relative).mul_(FLAT_SHARE))))
+        spread_sq = (spread_sq + layers.spread(floors)).clamp_(max=torch.finfo(spread_sq.dtype).max / 16)
+        slope_sq *= spread_sq
+        if any(row.is_remembered for row in rows):
+            parts = zip(rows, layers.split(slope_sq), strict=True)
+            slope_sq = torch.cat([row.change_sq if row.is_remembered else part for row, part in parts])
+        past = [_past(state_of(row.owner), own) for row, own in zip(rows, layers.split(slope_sq), strict=True)]
+        expected = expected_slope(torch.cat(past), slope_sq, decay)
+        slope_sq = torch.maximum(slope_sq, expected)
+        scale = unit_scale(spread_sq, slope_sq, layers.spread(layers.means(slope_sq).mul_(SLOPE_SHARE)))
+        if any(row.factors > 1 for row in rows):
+            scale /= layers.spread(constants(tuple(row.factors for row in rows), scale.dtype, scale.device))
+        scale = bound(scale)
         for row, own, factor in zip(rows, layers.split(expected), layers.split(scale), strict=True):
-            state_of(row.owner)["change_sq"] = own
+            state_of(row.owner)["slope_sq"] = own
             for parameter, axis in row.parts:
                 directions[id(parameter)] = _scaled(directions[id(parameter)], factor, axis)
 
 
-def _past(state: Mapping[str, Any], change_sq: Tensor) -> Tensor:
-    past: Tensor | None = state.get("change_sq")
-    if past is None or past.shape != change_sq.shape:  # of another rule, or of a layer that was not heard then
-        return change_sq
-    return past.to(change_sq.dtype)
+def _past(state: Mapping[str, Any], slope_sq: Tensor) -> Tensor:
+    past: Tensor | None = state.get("slope_sq")
+    if past is None or past.shape != slope_sq.shape:  # of another rule, or of a layer that was not heard then
+        return slope_sq
+    return past.to(slope_sq.dtype)
 
 
 def _scaled(direction: Tensor, factor: Tensor, axis: int | None) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from torchgeom_optim.geometry.moments import Moments, running_moments
 from torchgeom_optim.geometry.reparametrization import guarded_second_moment, precision
-from torchgeom_optim.geometry.segments import Segments
+from torchgeom_optim.geometry.segments import Segments, constants
 from torchgeom_optim.optimizers.batch_norm import FoldedBatchNorm, fold_batch_norm
 from torchgeom_optim.optimizers.chain_length import ChainLength
 from torchgeom_optim.optimizers.hyperparameters import check_choice, check_range, check_sgd_settings
@@ -45,15 +44,17 @@ class WhiteningSGD(LayerwiseOptimizer):
     By default no unit may move further than a share rho of its own spread in one step, which no rescaling of units or
     inputs affects (:mod:`torchgeom_optim.geometry.unit_trust`). Then no learning rate is needed:
 
-        r_j^2 = E[(dW_j . x + db_j)^2]  on a few samples,   sigma_j^2 = var[y_j]
-        step = lr c_j (dW_j, db_j),     c_j = sigma_j / (L sqrt(max(r_j^2, E[r_j^2])))          lr is rho, 1 at first
-        or, where lr is given,          c_j = min(1, kappa sigma_j / ...) with kappa = rho / (lr at the start)
+        sigma_j^2 = var[y_j],   r_j^2 = E[(dW_j . x + db_j)^2] on a few samples,   t_j = sigma_j r_j
+        step = lr c_j (dW_j, db_j),     c_j = sigma_j^2 / (L sqrt(max(t_j^2, E[t_j^2])))        lr is rho, 1 at first
+        or, where lr is given,          c_j = min(1, kappa sigma_j^2 / ...) with kappa = rho / (lr at the start)
 
     with beta_j = 1, as the bound does what Eq. (12) is for: from lr = 0.1 on it hardly matters which lr it is.
-    L is the number of layers that every signal has to pass, 4 at least, found in autograd's graph: the moves of
-    layers in a row add up. Any scheduler of lr moves the bound with it, a warm-up too; let lr decay to 0 over the run.
-    Momentum and Nesterov's lie inside the bound, weight decay outside. Channels of normalisations (a tenth of rho) and
-    other parameters (as a whole) move by a share of their own size.
+    L shares the radius among moves that add up, as autograd's graph shows them: the number of layers in a row, 1.5
+    times the root of the number of layers where there are skip connections, 4 at least; times the number of factors
+    where outputs of layers are multiplied (3 for queries, keys and values), see
+    :class:`~torchgeom_optim.optimizers.chain_length.ChainLength`. Any scheduler of lr moves the bound with it, a
+    warm-up too; let lr decay to 0 over the run. Momentum and Nesterov's lie inside the bound, weight decay outside.
+    Channels of normalisations (a tenth of rho) and other parameters (as a whole) move by a share of their own size.
 
     Source: Lafond, Vasilache and Bottou 2017, "Diagonal rescaling for neural networks", Eqs. (3), (5), (11), (12),
     App. B, E. What we changed: the bound, a layer's change being *measured*, since the formula that takes inputs for
@@ -113,9 +114,11 @@ class WhiteningSGD(LayerwiseOptimizer):
         rule: see above.
         trust_radius: rho, in [0, inf), for the rule of that name: by how much the network as a whole may move in one
             step, in units of its own spread. Where no lr is given, lr begins with it and counts from then on.
-        chain_length: L; None to find it in the first step. Give it where reentrant checkpointing hides layers.
+        chain_length: L, factors aside; None to find both in the first step. Give it where reentrant checkpointing
+            hides layers.
         decay: weight of the past in the running statistics, in [0, 1); the paper's lambda of §2.3.
-        damping: floor of the variances (and of E[g^2]) as a share of their mean over the layer, in [0, inf).
+        damping: floor of the variances (and of E[g^2]) as a share of their mean over the layer, in [0, inf); None takes
+            0.001 inside the bound and 0.01 without, where less would let the next half-decade of lr diverge sooner.
         loss_reduction: "mean" or "sum": how the loss treats samples; used by ``"whitening_second_order"`` alone.
         loss_scale: a number, or a function such as ``scaler.get_scale``, by which the loss was multiplied; same use.
         maximize: ascend.
@@ -142,7 +145,7 @@ class WhiteningSGD(LayerwiseOptimizer):
 
     _input_statistics = ("input_mean", "input_variance")
     _output_statistics = ("output_grad_sq", "spread_sq", "output_mean")
-    _statistics = (*_input_statistics, *_output_statistics, "sharing", "change_sq")
+    _statistics = (*_input_statistics, *_output_statistics, "sharing", "slope_sq")
 
     def __init__(
         self,
@@ -157,7 +160,7 @@ class WhiteningSGD(LayerwiseOptimizer):
         rule: Rule = "trust_region",
         trust_radius: float = 1.0,
         decay: float = 0.95,
-        damping: float = 0.01,
+        damping: float | None = None,
         chain_length: int | None = None,
         loss_reduction: Literal["mean", "sum"] = "mean",
         loss_scale: float | Tensor | Callable[[], float | Tensor] = 1.0,
@@ -196,7 +199,8 @@ class WhiteningSGD(LayerwiseOptimizer):
             check_range(group, "lr", where, hint="0.1 is a common start, 0.03 with momentum 0.9.")
         check_sgd_settings(group, where)
         check_range(group, "decay", where, high=1.0, hint="0.95 averages over about 20 steps.")
-        check_range(group, "damping", where, hint="0.01 is the default.")
+        if group["damping"] is not None:
+            check_range(group, "damping", where, hint="None is the default; 0.01 is a common start.")
         check_range(group, "trust_radius", where, hint="1 is the default; 0.3 is careful.")
         if (length := group["chain_length"]) is not None and (type(length) is not int or length < 1):
             raise ValueError(f"chain_length={length!r} ({where}): need a whole number from 1, or None to find it.")
@@ -241,7 +245,7 @@ class WhiteningSGD(LayerwiseOptimizer):
         in_backward = torch._C._current_graph_task_id() != -1  # of a checkpointed segment, run for the second time
         if on_output_grad is not None and not in_backward:
             if any(group["chain_length"] is None for group in self._bounded_groups()):
-                self._bound.chain.see(x, y)
+                self._bound.chain.see(self._layer_of[module].weight, x, y)
         return on_output_grad
 
     def _bounded_groups(self) -> list[dict[str, Any]]:
@@ -297,7 +301,7 @@ class WhiteningSGD(LayerwiseOptimizer):
             if past is not None and past.mean.dtype != batch.mean.dtype:  # the model was put into another precision
                 past = Moments(0, past.mean.to(batch.mean.dtype), past.variance.to(batch.mean.dtype))
             guarded = group["rule"] != "paper"
-            key = (group["decay"], group["damping"], guarded, layer.is_centred, batch.mean.dtype, batch.mean.device)
+            key = (group["decay"], _damping(group), guarded, layer.is_centred, batch.mean.dtype, batch.mean.device)
             alike[key].append((layer, past or batch, batch))
         scales: dict[AffineLayer, Tensor] = {}
         input_sq: dict[AffineLayer, Tensor] = {}
@@ -314,7 +318,7 @@ class WhiteningSGD(LayerwiseOptimizer):
             scale = precision(q, segments.spread(means * damping))
             factors = tuple(1.0 if isinstance(beta_sq[layer], Tensor) else beta_sq[layer] for layer in joined)
             if any(factor != 1.0 for factor in factors):
-                scale *= segments.spread(_constants(factors, dtype, device))
+                scale *= segments.spread(constants(factors, dtype, device))
             parts = (segments.split(vector) for vector in (running.mean, running.variance, scale))
             for layer, mean, variance, part in zip(joined, *parts, strict=True):
                 state = self.state[layer.weight]
@@ -353,7 +357,7 @@ class WhiteningSGD(LayerwiseOptimizer):
             now = layer.output_grad_sq(mean_reduction=self._loss_reduction == "mean") / scale**2
             state["output_grad_sq"] = torch.lerp(state.get("output_grad_sq", now), now, 1 - group["decay"])
         mean_sq = state["output_grad_sq"]
-        beta_sq: Tensor = precision(mean_sq, mean_sq.mean() * group["damping"]) / state["sharing"]
+        beta_sq: Tensor = precision(mean_sq, mean_sq.mean() * _damping(group)) / state["sharing"]
         return beta_sq
 
     def _take_over_momentum(
@@ -430,9 +434,11 @@ def _reference(lr: float | Tensor) -> float | Tensor | None:
     return lr.clone() if isinstance(lr, Tensor) else lr
 
 
-@lru_cache(maxsize=64)  # making them takes a while
-def _constants(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.tensor(numbers, dtype=dtype, device=device)
+def _damping(group: Mapping[str, Any]) -> float | Tensor:
+    given: float | Tensor | None = group["damping"]
+    if given is not None:
+        return given
+    return 0.001 if group["rule"] == "trust_region" else 0.01
 
 
 def _joined(parts: Sequence[Moments]) -> Moments:
