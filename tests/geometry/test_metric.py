@@ -372,6 +372,18 @@ def test_a_solve_that_fails_says_so(number):
         assert torch.isnan(solution.vector.weight).all()
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (1, 1, 1)])
+def test_infinite_matrices_are_no_metric(shape):
+    infinite, one = torch.full(shape, math.inf), torch.ones(shape)
+    metrics: list[LayerMetric] = [KroneckerMetric.factorise(infinite, infinite)]
+    if len(shape) == 3:
+        metrics.append(ExactMetric.factorise(infinite))
+    for metric in metrics:
+        with pytest.raises(NotPositiveDefiniteError, match="smallest pivot"):
+            metric.require_positive_definite()
+    KroneckerMetric.factorise(one, one).require_positive_definite()
+
+
 def test_a_failed_block_does_not_spoil_the_others():
     matrices = torch.stack([torch.eye(2), -torch.eye(2)]).double()
     u = ExactMetric.factorise(matrices).solve(LayerVector(torch.ones(2, 2).double())).vector.weight

@@ -248,8 +248,9 @@ def _diagonal(part: Part, metric: str, moments: SampleMoments | None) -> LayerMe
 
 
 def _or_one(damping: Tensor, factor: Tensor) -> Tensor:
-    """Damping; where a factor is zero throughout, 1 in the place of a share of nothing."""
-    return torch.where((factor == 0).flatten(1).all(1), 1.0, damping)
+    """Damping; where a factor is zero throughout, and so its diagonal, 1 in the place of a share of nothing."""
+    on_diagonal = torch.diagonal(factor, dim1=-2, dim2=-1) if factor.dim() > 2 else factor
+    return torch.where((on_diagonal == 0).all(-1), 1.0, damping)
 
 
 def _whitening(part: Part, layer: AffineLayer, *, scale_free: bool) -> WhiteningMetric:
