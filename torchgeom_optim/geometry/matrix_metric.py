@@ -279,6 +279,7 @@ def _damped(factor: Tensor, damping: float | Tensor) -> Tensor:
 
 
 def _cholesky(matrix: Tensor) -> Tensor:
+    cholesky: Tensor
     cholesky, info = torch.linalg.cholesky_ex(matrix)
     return cholesky.mul_(torch.where(info != 0, math.nan, 1.0)[:, None, None])  # one pass; masked_fill takes several
 

@@ -7,10 +7,9 @@ is to be remembered is put aside. Averages of mini-batch gradients alone, which 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,16 +31,16 @@ from torchgeom_optim.geometry.metric import (
     QuasiDiagonalMetric,
     WhiteningMetric,
 )
-from torchgeom_optim.geometry.moments import Moments, at_least_float32, running_moments
+from torchgeom_optim.geometry.moments import Moments, running_moments
 from torchgeom_optim.geometry.reparametrization import guarded_second_moment, precision
 from torchgeom_optim.geometry.sample_moments import SampleMoments, mean_dual_norm_sq
 from torchgeom_optim.geometry.unit_trust import spread_floor
-from torchgeom_optim.optimizers.distributed import part_like, whole
 from torchgeom_optim.optimizers.layer_factors import CapturedProduct, Pooled, averaged
 from torchgeom_optim.optimizers.layers import AffineLayer
-from torchgeom_optim.optimizers.metric_grid import FROM_GRADIENTS, OF_INPUTS, Metric, without_layer
+from torchgeom_optim.optimizers.metric_grid import OF_INPUTS, Metric, without_layer
+from torchgeom_optim.optimizers.parts import Part
 
-__all__ = ["Part", "Solved", "parts_with_gradients", "shapes_of_statistics", "solved"]
+__all__ = ["Solved", "shapes_of_statistics", "solved"]
 
 
 @dataclass(frozen=True)
@@ -59,112 +58,6 @@ class Solved:
     direction: LayerVector
     is_new: bool = True
     sample_norms: Callable[[Block], BlockValues] | None = None
-
-
-@dataclass(eq=False)
-class Part:
-    """Parameters that are stepped together: a layer's weight and bias, or one parameter without a layer.
-
-    Attributes:
-        weight: or the one parameter; has a gradient.
-        bias: has a gradient, or None.
-        layer: None for a parameter without one.
-        group: the hyper-parameters.
-        past: state of the weight and of the bias; not modified.
-        new: what is to be written into these.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    layer: AffineLayer | None
-    group: dict[str, Any]
-    past: tuple[dict[str, Any], dict[str, Any]]
-    new: tuple[dict[str, Any], dict[str, Any]] = field(default_factory=lambda: ({}, {}))
-
-    def __post_init__(self) -> None:
-        assert self.weight.grad is not None
-        self.gradient = self.vector(self.weight.grad, None if self.bias is None else self.bias.grad)
-
-    @property
-    def parameters(self) -> list[tuple[Tensor, dict[str, Any], dict[str, Any]]]:
-        """Weight, and bias if there is one, each with its past and its new state."""
-        both = zip((self.weight, self.bias), self.past, self.new, strict=True)
-        return [(p, past, new) for p, past, new in both if p is not None]
-
-    @property
-    def is_transposed(self) -> bool:
-        """Whether units are the columns of the weight."""
-        return self.layer is not None and self.layer.is_embedding
-
-    def vector(self, weight: Tensor, bias: Tensor | None) -> LayerVector:
-        """Tensors shaped like the parameters, in the form that the metrics take."""
-        weight, bias = whole(weight), None if bias is None else whole(bias)
-        weight = torch.view_as_real(weight) if weight.is_complex() else weight
-        weight = at_least_float32(weight.t() if self.is_transposed else weight)
-        weight = weight.reshape(1) if weight.dim() == 0 else weight
-        return LayerVector(weight, None if bias is None else at_least_float32(bias))
-
-    def write(self, vector: LayerVector, into: dict[int, Tensor]) -> None:
-        """The reverse, by the ids of the parameters; of sharded ones this process's part."""
-        weight = vector.weight.t() if self.is_transposed else vector.weight
-        if self.weight.is_complex():
-            weight = torch.view_as_complex(weight.contiguous())
-        weight = weight.reshape(self.weight.shape).to(self.weight.dtype)
-        into[id(self.weight)] = part_like(weight, self.weight)
-        if self.bias is not None and vector.bias is not None:
-            into[id(self.bias)] = part_like(vector.bias.to(self.bias.dtype), self.bias)
-
-    def average(self, which: int, key: str, now: Tensor) -> Tensor:
-        """Take a value into a running average in the state of the weight (0) or the bias (1)."""
-        past = self.past[which].get(key)
-        if past is not None:
-            now = torch.lerp(past.to(now.dtype), now, 1 - self.group["decay"])
-        self.new[which][key] = now
-        return now
-
-    def average_product(self, which: int, key: str, x: Tensor, y: Tensor, decay: float, start: float = 1.0) -> Tensor:
-        """The same of x * y, of large tensors in as few passes as possible; in place if the metric allows it."""
-        past = self.past[which].get(key)
-        if past is None:
-            now = x * y if start == 1 else (x * y).mul_(start)
-        elif self.group["rule"] in FROM_GRADIENTS and past.dtype == x.dtype:
-            now = past.mul_(decay).addcmul_(x, y, value=1 - decay)
-        else:
-            now = (past.to(x.dtype) * decay).addcmul_(x, y, value=1 - decay)
-        self.new[which][key] = now
-        return now
-
-
-def parts_with_gradients(
-    layers: Iterable[AffineLayer],
-    group_of: Mapping[AffineLayer, dict[str, Any]],
-    groups: Iterable[dict[str, Any]],
-    state: Mapping[Tensor, dict[str, Any]],
-) -> list[Part]:
-    """Everything that has a gradient and is not left to SGD.
-
-    Args:
-        layers: a weight and its bias are stepped together.
-        group_of: the hyper-parameters of each.
-        groups: of parameters.
-        state: of parameters; not modified.
-
-    Returns:
-        Layers first, then parameters without one.
-    """
-    parts, taken = list[Part](), set[int]()
-    for layer in layers:
-        if layer.weight.grad is None or layer.weight.grad.is_sparse:
-            continue
-        bias = layer.bias if layer.is_centred else None
-        past = state.get(layer.weight, {}), {} if bias is None else state.get(bias, {})
-        parts.append(Part(layer.weight, bias, layer, group_of[layer], past))
-        taken |= {id(p) for p in (layer.weight, bias) if p is not None}
-    for group in groups:
-        for p in group["params"] if group["rule"] != "sgd" else ():
-            if id(p) not in taken and p.grad is not None and not p.grad.is_sparse:
-                parts.append(Part(p, None, None, group, (state.get(p, {}), {})))
-    return parts
 
 
 def solved(

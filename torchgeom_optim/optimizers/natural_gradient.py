@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchgeom_optim.geometry.capture import activations_are_not_kept
 from torchgeom_optim.geometry.metric import BLOCKS, Block, BlockValues, scale_blocks
 from torchgeom_optim.geometry.trust_region import inverse_lengths, network_sum
-from torchgeom_optim.optimizers.block_metrics import Part, Solved, parts_with_gradients, shapes_of_statistics, solved
+from torchgeom_optim.optimizers.block_metrics import Solved, shapes_of_statistics, solved
 from torchgeom_optim.optimizers.hyperparameters import check_choice, check_interval, check_range, check_sgd_settings
 from torchgeom_optim.optimizers.layer_factors import (
     FactorCall,
@@ -38,6 +38,7 @@ from torchgeom_optim.optimizers.metric_grid import (
     without_layer,
 )
 from torchgeom_optim.optimizers.named_members import NamedMembers
+from torchgeom_optim.optimizers.parts import Part, parts_with_gradients
 from torchgeom_optim.optimizers.pooled_calls import Quantity
 from torchgeom_optim.optimizers.report import RuleReport
 from torchgeom_optim.optimizers.step_lengths import (

@@ -7,7 +7,8 @@ from typing import Literal
 import torch
 
 from torchgeom_optim.geometry.metric import Block, BlockValues, block_sums
-from torchgeom_optim.optimizers.block_metrics import Part, Solved
+from torchgeom_optim.optimizers.block_metrics import Solved
+from torchgeom_optim.optimizers.parts import Part
 
 __all__ = ["Expectation", "average_of_steps", "bound_by_samples", "unit_sizes"]
 
