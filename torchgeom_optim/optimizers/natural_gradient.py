@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from torchgeom_optim.geometry.capture import activations_are_not_kept
-from torchgeom_optim.geometry.metric import BLOCKS, Block, BlockValues, scale_blocks
+from torchgeom_optim.geometry.metric import Block, BlockValues, scale_blocks
 from torchgeom_optim.geometry.trust_region import inverse_lengths, network_sum
 from torchgeom_optim.optimizers.block_metrics import Solved, shapes_of_statistics, solved
-from torchgeom_optim.optimizers.hyperparameters import check_choice, check_interval, check_range, check_sgd_settings
 from torchgeom_optim.optimizers.layer_factors import (
     FactorCall,
     FactorKind,
@@ -26,18 +24,16 @@ from torchgeom_optim.optimizers.layer_factors import (
 from torchgeom_optim.optimizers.layers import AffineLayer, SeenCall
 from torchgeom_optim.optimizers.layerwise import LayerwiseOptimizer
 from torchgeom_optim.optimizers.metric_grid import (
-    FINEST_BLOCK,
     FROM_GRADIENTS,
     OF_INPUTS,
     WITH_MATRICES,
     Metric,
     check_combination,
-    default_damping,
-    default_lr,
     kind_of_factors,
     without_layer,
 )
 from torchgeom_optim.optimizers.named_members import NamedMembers
+from torchgeom_optim.optimizers.natural_settings import Interval, check_group, check_once, default_damping, default_lr
 from torchgeom_optim.optimizers.parts import Part, parts_with_gradients
 from torchgeom_optim.optimizers.pooled_calls import Quantity
 from torchgeom_optim.optimizers.report import RuleReport
@@ -51,9 +47,7 @@ from torchgeom_optim.optimizers.step_lengths import (
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["BlockNaturalGradient", "Interval"]
-
-Interval = int | Callable[[int], int]
+__all__ = ["BlockNaturalGradient"]
 
 
 class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
@@ -240,27 +234,21 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
         process_group: ProcessGroup | None = None,
         error_if_nonfinite: bool | None = None,
     ) -> None:
-        once = {
-            "metric": metric,
-            "block": block,
-            "norm_start": norm_start,
-            "expectation": expectation,
-            "loss_reduction": loss_reduction,
-        }
-        check_choice(once, "metric", tuple(FINEST_BLOCK), "for all groups")
-        check_choice(once, "block", (*BLOCKS, "network"), "for all groups")
-        check_choice(once, "norm_start", ("first", "zero"), "for all groups")
-        check_choice(once, "expectation", ("average", "per_sample", "fan_in"), "for all groups")
-        check_choice(once, "loss_reduction", ("mean", "sum"), "as the loss treats samples")
+        check_once(
+            {
+                "metric": metric,
+                "block": block,
+                "norm_start": norm_start,
+                "expectation": expectation,
+                "factor_interval": factor_interval,
+                "inverse_interval": inverse_interval,
+                "loss_reduction": loss_reduction,
+                "loss_scale": loss_scale,
+            }
+        )
         if metric == "kronecker" and block == "unit":
             metric = "kronecker_diagonal"
         check_combination(metric, block, expectation)
-        check_interval(factor_interval, "factor_interval")
-        check_interval(inverse_interval, "inverse_interval")
-        if not callable(loss_scale) and not 0.0 < float(loss_scale) < math.inf:
-            raise ValueError(
-                f"loss_scale={loss_scale}: must be in (0, inf). Try scaler.get_scale, or 1 without a scaler."
-            )
         norm_decay = (0.0 if metric in WITH_MATRICES else 0.95) if norm_decay == "auto" else norm_decay
         damping = default_damping(metric) if damping == "auto" else damping
         lr = default_lr(metric, block, expectation) if lr is None else lr
@@ -288,18 +276,7 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
     # -- what LayerwiseOptimizer asks for --------------------------------------------------------------------------
 
     def _check_group(self, group: Mapping[str, Any], where: str) -> None:
-        check_range(group, "lr", where, hint="0.03 is a common start.")
-        check_sgd_settings(group, where)
-        check_range(group, "eps", where, hint="0 gives steps of exactly the wanted length.")
-        check_range(group, "norm_decay", where, high=1.0, hint="0.95 averages over about 20 steps, 0 over one.")
-        check_range(group, "decay", where, high=1.0, hint="0.95 averages over about 20 steps.")
-        check_range(group, "damping", where, hint="1 for matrices and quasi-diagonals, 0.01 for others is a start.")
-        check_choice(group, "rule", (self.metric, "sgd"), where)
-        if self.metric == "quasi_diagonal" and group["damping"] == 0:
-            raise ValueError(
-                f"damping=0 ({where}): the quasi-diagonal metric of one batch is singular; need damping > 0. "
-                "1 is the default."
-            )
+        check_group(group, where, self.metric)
 
     def _wants(self, rule: str) -> tuple[bool, bool]:
         return rule in OF_INPUTS, False
