@@ -94,3 +94,30 @@ def test_momentum_of_sgd_is_taken_over():
         plain.step()
         for p, q, start in zip(model.parameters(), twin.parameters(), ours.parameters(), strict=True):
             torch.testing.assert_close(p - start, (1 + 0.9 * 4) * (q - start), **tolerance(condition=1e4))
+
+
+@pytest.mark.parametrize("expectation", ["average", "per_sample"])
+@pytest.mark.parametrize(("metric", "block"), NATURAL_MEMBERS)
+def test_a_layer_whose_inputs_are_not_known_is_an_error_that_leaves_those_before_it_alone(metric, block, expectation):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).to(F64)
+    x = torch.randn(8, 4, dtype=F64)
+    sgd = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    train(model, sgd, [x])
+    optimizer = BlockNaturalGradient(model, 0.01, metric, block, expectation=expectation, momentum=0.9)
+    optimizer.load_state_dict(sgd.state_dict())  # by which the second layer is known, but not what it sees
+    for _ in range(2):
+        train(model[0], optimizer, [x])
+        model[1].zero_grad()
+    before, state = copy.deepcopy(model), tensors_of(copy.deepcopy(optimizer.state_dict()))
+    optimizer.zero_grad()
+    mean_loss(model[0](x)).backward()
+    for p in model[1].parameters():
+        p.grad = torch.ones_like(p)
+    if expectation == "average" and metric in ("identity", "diagonal", "quasi_diagonal"):
+        optimizer.step()  # which need not know
+        return
+    with pytest.raises(RuntimeError, match=r"what its inputs are like is not known.*Nothing was changed"):
+        optimizer.step()
+    assert_same_parameters(model, before)
+    torch.testing.assert_close(tensors_of(optimizer.state_dict()), state, rtol=0, atol=0)

@@ -67,6 +67,12 @@ class LayerVector(NamedTuple):
     weight: Tensor
     bias: Tensor | None = None
 
+    def units(self, which: slice) -> LayerVector:
+        """The part that belongs to some of the units, as views; that of all is the vector itself."""
+        if which == slice(None):
+            return self
+        return LayerVector(self.weight[which], None if self.bias is None else self.bias[which])
+
 
 class NotPositiveDefiniteError(ArithmeticError):
     """A metric that should be positive definite is not.
@@ -270,11 +276,23 @@ class DiagonalMetric(LayerMetric):
         Returns:
             The damped metric; positive definite unless zero is 0, and s is 0 throughout, or somewhere and damping is 0.
         """
-        weight, bias = second_moments
+        return cls.raised(second_moments, cls.floor(second_moments, damping, zero), zero)
+
+    @staticmethod
+    def floor(second_moments: LayerVector, damping: float, zero: float = 0.0) -> Tensor | None:
+        """What :meth:`damped` adds, a scalar; None for nothing."""
         if damping == 0:
-            return cls(LayerVector(_or(weight, zero), None if bias is None else _or(bias, zero)))
+            return None
+        weight, bias = second_moments
         total = weight.sum() if bias is None else weight.sum() + bias.sum()
-        floor = _or(total * (damping / (weight.numel() + (0 if bias is None else bias.numel()))), zero)
+        return _or(total * (damping / (weight.numel() + (0 if bias is None else bias.numel()))), zero)
+
+    @classmethod
+    def raised(cls, second_moments: LayerVector, floor: Tensor | None, zero: float = 0.0) -> DiagonalMetric:
+        """The same for some of the units, with the floor of all of them."""
+        weight, bias = second_moments
+        if floor is None:
+            return cls(LayerVector(_or(weight, zero), None if bias is None else _or(bias, zero)))
         return cls(LayerVector(weight + floor, None if bias is None else bias + floor))
 
     def apply(self, vector: LayerVector) -> LayerVector:  # noqa: D102
@@ -336,11 +354,33 @@ class QuasiDiagonalMetric(LayerMetric):
         Returns:
             The damped metric.
         """
-        corner = _or(bias_diagonal + bias_diagonal.mean() * damping, zero)
+        floors = cls.floors(weight_diagonal, bias_diagonal, damping, zero)
+        return cls.raised(weight_diagonal, bias_row, bias_diagonal, floors, zero)
+
+    @staticmethod
+    def floors(
+        weight_diagonal: Tensor, bias_diagonal: Tensor, damping: float, zero: float = 0.0
+    ) -> tuple[Tensor, Tensor] | None:
+        """What :meth:`damped` adds to A_ii and to A_00, scalars; None for nothing."""
+        if damping == 0:
+            return None
+        return _or(weight_diagonal.mean() * damping, zero), bias_diagonal.mean() * damping
+
+    @classmethod
+    def raised(
+        cls,
+        weight_diagonal: Tensor,
+        bias_row: Tensor,
+        bias_diagonal: Tensor,
+        floors: tuple[Tensor, Tensor] | None,
+        zero: float = 0.0,
+    ) -> QuasiDiagonalMetric:
+        """The same for some of the units, with the floors of all of them."""
+        corner = _or(bias_diagonal if floors is None else bias_diagonal + floors[1], zero)
         mean = bias_row / _beside(corner, bias_row)
-        floor = _or(weight_diagonal.mean() * damping, zero if damping else 0.0)
-        spread = (weight_diagonal + floor).addcmul_(mean, bias_row, value=-1)
-        return cls(corner, mean, spread if damping else _or(spread, zero))
+        if floors is None:
+            return cls(corner, mean, _or(torch.addcmul(weight_diagonal, mean, bias_row, value=-1), zero))
+        return cls(corner, mean, (weight_diagonal + floors[0]).addcmul_(mean, bias_row, value=-1))
 
     def apply(self, vector: LayerVector) -> LayerVector:  # noqa: D102
         weight, bias = vector.weight, _bias_of(vector, self)
@@ -350,7 +390,9 @@ class QuasiDiagonalMetric(LayerMetric):
     def solve(self, gradient: LayerVector) -> MetricSolution:  # noqa: D102
         weight, bias = gradient.weight, _bias_of(gradient, self)
         step = torch.addcmul(weight, self.mean, _beside(bias, weight), value=-1).div_(self.spread)
-        return MetricSolution(LayerVector(step, bias / self.corner - _row_sums(self.mean * step)), self)
+        m = len(bias)
+        in_weights = torch.linalg.vecdot(self.mean.reshape(m, -1), step.reshape(m, -1))
+        return MetricSolution(LayerVector(step, bias / self.corner - in_weights), self)
 
     def smallest_pivot(self) -> Tensor:  # noqa: D102
         return _smallest(self.spread, self.corner)
@@ -403,6 +445,13 @@ class WhiteningMetric(LayerMetric):
             inputs = inputs.clamp(max=1.0)
         outputs = _smallest(1 / (beta if isinstance(beta, Tensor) else inputs.new_tensor(beta)))
         return torch.where((inputs > 0) & (outputs > 0), inputs * outputs, torch.minimum(inputs, outputs))
+
+    def of_units(self, which: slice) -> WhiteningMetric:
+        """G of some of the units alone; of all of them, if there are several groups."""
+        if which == slice(None):
+            return self
+        beta = self.output_scale
+        return WhiteningMetric(self.input_mean, self.input_scale, beta[which] if isinstance(beta, Tensor) else beta)
 
     def of_inputs(self, values: Tensor, weight: Tensor) -> Tensor:
         """Values [n] of all inputs, as the weights of the units see them."""

@@ -1,15 +1,16 @@
 """From what a step sees of some parameters to G^-1 on them: running averages, and the metrics made of these.
 
 A state is not touched before every metric of a step is known to be one, so that a step can be refused as a whole: what
-is to be remembered is put aside. Averages of mini-batch gradients alone, which no metric can refuse, are kept in place.
+may be refused is done first, and what is to be remembered is put aside; after that averages are taken in place.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,7 +41,24 @@ from torchgeom_optim.optimizers.layers import AffineLayer
 from torchgeom_optim.optimizers.metric_grid import OF_INPUTS, Metric, without_layer
 from torchgeom_optim.optimizers.parts import Part
 
-__all__ = ["Solved", "shapes_of_statistics", "solved"]
+__all__ = ["Piece", "Solved", "shapes_of_statistics", "solver"]
+
+# So many weights at a time that the handful of tensors made of them stays in the cache.
+_CACHED_NUMBERS = 2**17
+
+
+class Piece(NamedTuple):
+    """Some of the units of a layer.
+
+    Attributes:
+        units: which.
+        gradient: g of their parameters.
+        direction: G^-1 g.
+    """
+
+    units: slice
+    gradient: LayerVector
+    direction: LayerVector
 
 
 @dataclass(frozen=True)
@@ -48,19 +66,46 @@ class Solved:
     """G^-1 of some parameters at this step.
 
     Attributes:
+        gradient: of these parameters.
         solve: g -> G^-1 g; linear.
-        direction: G^-1 of this step's gradient.
-        is_new: whether the direction is in memory of its own.
+        metric_of: G of some of the units alone; None where it couples them.
+        direction: G^-1 of the gradient, where it is known already.
         sample_norms: the average over samples of g_n^T G^-1 g_n in every block; None where it is not known.
     """
 
+    gradient: LayerVector
     solve: Callable[[LayerVector], LayerVector]
-    direction: LayerVector
-    is_new: bool = True
+    metric_of: Callable[[slice], LayerMetric] | None = None
+    direction: LayerVector | None = None
     sample_norms: Callable[[Block], BlockValues] | None = None
 
+    def whole(self) -> Solved:
+        """The same with its direction, to be looked at more than once."""
+        (piece,) = self.pieces(may_split=False)
+        return replace(self, metric_of=None, direction=piece.direction)
 
-def solved(
+    def pieces(self, *, may_split: bool) -> Iterator[Piece]:
+        """The direction, of all units or of a few at a time.
+
+        Args:
+            may_split: whether a few are enough. On the CPU of large layers there are then so many that what is computed
+                for them stays in the cache, and takes next to no memory.
+
+        Yields:
+            Until all units have been there: which ones, their gradients g, and G^-1 g; g itself if G = 1.
+        """
+        g, numbers = self.gradient, self.gradient.weight.numel()
+        if self.metric_of is None or not may_split or numbers <= _CACHED_NUMBERS or g.weight.device.type != "cpu":
+            yield Piece(slice(None), g, self.solve(g) if self.direction is None else self.direction)
+            return
+        step = max(len(g.weight) * _CACHED_NUMBERS // numbers, 1)
+        for start in range(0, len(g.weight), step):
+            units = slice(start, start + step)
+            some = g.units(units)
+            yield Piece(units, some, self.metric_of(units).solve(some).vector)
+
+
+def solver(
     part: Part,
     metric: Metric,
     factors: Pooled,
@@ -68,8 +113,8 @@ def solved(
     invert: bool = False,
     product: CapturedProduct | None = None,
     with_samples: bool = False,
-) -> Solved:
-    """Solve G u = g, with this step's batch in G.
+) -> Callable[[], Solved]:
+    """How G u = g is solved, with this step's batch in G.
 
     Args:
         part: its ``new`` state is added to.
@@ -81,7 +126,7 @@ def solved(
         with_samples: whether the samples' norms are wanted.
 
     Returns:
-        The direction, and the map.
+        To be called once the step is certain to be taken: it refuses nothing, and takes averages in place.
 
     Raises:
         RuntimeError: the layer's inputs are not known.
@@ -94,15 +139,29 @@ def solved(
     if metric == "exact":
         return _exact(part, factors, invert, with_samples)
     moments = _sample_moments(part, factors) if with_samples or metric.startswith("fisher") else None
-    if metric == "identity":
-        found: LayerMetric = IdentityMetric()
-    elif metric in OF_INPUTS:
-        assert part.layer is not None
-        found = _whitening(part, part.layer, scale_free=metric == "scale_free_whitening")
-    else:
-        found = _diagonal(part, metric, moments)
-    norms = None if moments is None or not with_samples else partial(mean_dual_norm_sq, found, moments)
-    return Solved(lambda g: found.solve(g).vector, found.solve(part.gradient).vector, metric != "identity", norms)
+    whitening = _whitening(part, scale_free=metric == "scale_free_whitening") if metric in OF_INPUTS else None
+
+    def complete() -> Solved:
+        if metric == "identity":
+            metric_of: Callable[[slice], LayerMetric] = _identity
+        else:
+            metric_of = _diagonal(part, metric, moments) if whitening is None else whitening.of_units
+        norms = None
+        if moments is not None and with_samples:
+            norms = partial(mean_dual_norm_sq, metric_of(slice(None)), moments)
+        splits = whitening is None or whitening.groups == 1
+        return Solved(
+            part.gradient,
+            lambda g: metric_of(slice(None)).solve(g).vector,
+            metric_of if splits else None,
+            sample_norms=norms,
+        )
+
+    return complete
+
+
+def _identity(units: slice) -> IdentityMetric:
+    return IdentityMetric()
 
 
 def _sample_moments(part: Part, factors: Pooled) -> SampleMoments:
@@ -121,7 +180,7 @@ def _sample_moments(part: Part, factors: Pooled) -> SampleMoments:
     return SampleMoments(weight) if part.bias is None else SampleMoments(weight, row, bias)
 
 
-def _diagonal(part: Part, metric: str, moments: SampleMoments | None) -> LayerMetric:
+def _diagonal(part: Part, metric: str, moments: SampleMoments | None) -> Callable[[slice], LayerMetric]:
     weight, bias = part.gradient
     damping, decay = part.group["damping"], part.group["decay"]
     row: Tensor | None = None
@@ -136,8 +195,18 @@ def _diagonal(part: Part, metric: str, moments: SampleMoments | None) -> LayerMe
             row = part.average_product(0, "bias_row", weight, beside, decay)
     # A metric that is zero to rounding: the gradient is too, and there is no step in the place of 0 / 0.
     if not metric.endswith("quasi_diagonal") or bias_sq is None or row is None:
-        return DiagonalMetric.damped(LayerVector(weight_sq, bias_sq), damping, math.inf)
-    return QuasiDiagonalMetric.damped(weight_sq, row, bias_sq, damping, math.inf)
+        squares = LayerVector(weight_sq, bias_sq)
+        floor = DiagonalMetric.floor(squares, damping, math.inf)
+        return lambda units: DiagonalMetric.raised(squares.units(units), floor, math.inf)
+    known, of_biases = LayerVector(weight_sq, bias_sq), row
+    floors = QuasiDiagonalMetric.floors(weight_sq, bias_sq, damping, math.inf)
+
+    def metric_of(units: slice) -> LayerMetric:
+        some = known.units(units)
+        assert some.bias is not None
+        return QuasiDiagonalMetric.raised(some.weight, of_biases[units], some.bias, floors, math.inf)
+
+    return metric_of
 
 
 def _or_one(damping: Tensor, factor: Tensor) -> Tensor:
@@ -146,8 +215,9 @@ def _or_one(damping: Tensor, factor: Tensor) -> Tensor:
     return torch.where((on_diagonal == 0).all(-1), 1.0, damping)
 
 
-def _whitening(part: Part, layer: AffineLayer, *, scale_free: bool) -> WhiteningMetric:
-    state, past = part.past[0], None
+def _whitening(part: Part, *, scale_free: bool) -> WhiteningMetric:
+    layer, state, past = part.layer, part.past[0], None
+    assert layer is not None
     if "input_mean" in state:
         past = Moments(0, state["input_mean"], state["input_variance"])
     batch = layer.batch_moments() if layer.calls else past
@@ -183,7 +253,7 @@ def _averages(part: Part, factors: Pooled, keys: tuple[str, ...]) -> list[Tensor
 
 def _kronecker(
     part: Part, factors: Pooled, invert: bool, product: CapturedProduct | None, with_samples: bool
-) -> Solved:
+) -> Callable[[], Solved]:
     a, b = _averages(part, factors, ("input_factor", "output_factor"))
     if part.layer is not None and part.layer.bias is not None and part.bias is None:
         a = a[:, :-1, :-1]  # the bias is frozen for now: G's part for the weight alone
@@ -198,11 +268,15 @@ def _kronecker(
             part.new[0]["dimension"] = metric.effective_dimension(a, b)
     dimension: Tensor | None = part.new[0].get("dimension", part.past[0].get("dimension"))
     norms = None if dimension is None or not with_samples else partial(_in_blocks, dimension)
-    if product is not None and product.is_cheaper(left, right):
-        direction = product.between(left[0], right[0], part.gradient)
-    else:
-        direction = kronecker_product(left, part.gradient, right)
-    return Solved(lambda g: kronecker_product(left, g, right), direction, True, norms)
+
+    def complete() -> Solved:
+        direction = None
+        if product is not None and product.is_cheaper(left, right):
+            direction = product.between(left[0], right[0], part.gradient)
+        solve = lambda g: kronecker_product(left, g, right)  # noqa: E731
+        return Solved(part.gradient, solve, direction=direction, sample_norms=norms)
+
+    return complete
 
 
 def _in_blocks(dimension: Tensor, block: Block) -> BlockValues:
@@ -210,7 +284,7 @@ def _in_blocks(dimension: Tensor, block: Block) -> BlockValues:
     return (dimension if block == "unit" else dimension.sum(),)
 
 
-def _exact(part: Part, factors: Pooled, invert: bool, with_samples: bool) -> Solved:
+def _exact(part: Part, factors: Pooled, invert: bool, with_samples: bool) -> Callable[[], Solved]:
     (fisher,) = _averages(part, factors, ("fisher",))
     if part.layer is not None and part.layer.bias is not None and part.bias is None:
         num_weights = part.gradient.weight[0].numel()
@@ -228,7 +302,7 @@ def _exact(part: Part, factors: Pooled, invert: bool, with_samples: bool) -> Sol
     known = cholesky
     dimension: Tensor | None = part.new[0].get("dimension", part.past[0].get("dimension"))
     norms = None if dimension is None or not with_samples else partial(_in_blocks, dimension)
-    return Solved(lambda g: cholesky_product(known, g), cholesky_product(known, part.gradient), True, norms)
+    return lambda: Solved(part.gradient, lambda g: cholesky_product(known, g), sample_norms=norms)
 
 
 def shapes_of_statistics(p: Tensor, layer: AffineLayer | None, metric: str, block: str) -> dict[str, tuple[int, ...]]:

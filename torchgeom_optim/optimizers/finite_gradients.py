@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -32,8 +33,10 @@ def require_finite_gradients(
     values = [grad._values() if grad.is_sparse else grad for grad in grads]
     # A sum is finite only if all of its terms are, and takes a fraction of the time of looking at each of them; that of
     # finite terms may overflow, so that one which is not finite tells nothing yet.
-    sums = [value.sum() for value in values]
-    is_bad = bool(sums) and not bool(torch.stack([total.to(sums[0].device).isfinite() for total in sums]).all())
+    sums = defaultdict[tuple[torch.device, torch.dtype], list[Tensor]](list)
+    for value in values:
+        sums[value.device, value.dtype].append(value.sum())
+    is_bad = not all(bool(torch.stack(alike).isfinite().all()) for alike in sums.values())
     bad = [p for p, value in zip(parameters, values, strict=True) if is_bad and not bool(value.isfinite().all())]
     is_bad = bool(bad)
     if any(is_sharded(p) for p in parameters):

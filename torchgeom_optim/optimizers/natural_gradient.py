@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torchgeom_optim.geometry.capture import activations_are_not_kept
 from torchgeom_optim.geometry.metric import Block, BlockValues, scale_blocks
 from torchgeom_optim.geometry.trust_region import inverse_lengths, network_sum
-from torchgeom_optim.optimizers.block_metrics import Solved, shapes_of_statistics, solved
+from torchgeom_optim.optimizers.block_metrics import Solved, shapes_of_statistics, solver
+from torchgeom_optim.optimizers.block_steps import move, shrink
 from torchgeom_optim.optimizers.layer_factors import (
     FactorCall,
     FactorKind,
@@ -39,6 +40,7 @@ from torchgeom_optim.optimizers.pooled_calls import Quantity
 from torchgeom_optim.optimizers.report import RuleReport
 from torchgeom_optim.optimizers.step_lengths import (
     Expectation,
+    Norms,
     average_of_steps,
     bound_by_samples,
     unit_sizes,
@@ -352,26 +354,53 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
     def _directions(self, layers: list[AffineLayer]) -> dict[int, Tensor]:
         kind: Block = "layer" if self.block == "network" else self.block
         parts = parts_with_gradients(layers, self._group_of, self.param_groups, self.state)
-        found = [self._solved(part) for part in parts]  # may raise; nothing has changed so far
-        norms = [self._norms(part, solution, kind) for part, solution in zip(parts, found, strict=True)]
-        if self.block == "network" and norms:
-            norms = [network_sum(norms)] * len(parts)
+        solvers = [self._solver(part) for part in parts]  # may raise; nothing has changed so far
         directions: dict[int, Tensor] = {}
-        for part, solution, values in zip(parts, found, norms, strict=True):
-            factors = inverse_lengths(values, part.group["eps"] if self._expectation != "fan_in" else 0.0)
-            part.write(scale_blocks(solution.direction, factors, kind, in_place=solution.is_new), directions)
-            for p, _, new in part.parameters:
-                self.state[p].update(new)
-            if self._has_foreign_momentum:
-                self._take_over_momentum(part, solution, factors, kind)
+        self._moved = set[int]()
+        if self.block != "network":
+            for part, complete in zip(parts, solvers, strict=True):
+                solution = complete()
+                self._step_part(part, solution, self._norms(part, solution, kind), kind, directions)
+        elif parts:
+            found = [complete().whole() for complete in solvers]
+            norms = [self._norms(part, solution, kind) for part, solution in zip(parts, found, strict=True)]
+            pieces = [next(solution.pieces(may_split=False)) for solution in found]
+            total = network_sum([values(piece) for values, piece in zip(norms, pieces, strict=True)])
+            for part, solution in zip(parts, found, strict=True):
+                self._step_part(part, solution, lambda _: total, kind, directions)
         if self._has_foreign_momentum:  # of what sat this step out
             self._has_foreign_momentum = any("gradient_momentum" in values for values in self.state.values())
         return directions
 
-    def _solved(self, part: Part) -> Solved:
+    def _step_part(
+        self, part: Part, solution: Solved, norms: Norms, kind: Block, directions: dict[int, Tensor]
+    ) -> None:
+        """Move the parameters; or, where there is more to do than that, note the direction that SGD is to take."""
+        parameters = [p for p, _, _ in part.parameters]
+        groups = [self._group_of_parameter[p] for p in parameters]
+        eps = part.group["eps"] if self._expectation != "fan_in" else 0.0
+        has_momentum = self._has_foreign_momentum or any(group["momentum"] for group in groups)
+        in_place = None if has_momentum else part.in_place
+        if in_place is not None:
+            pieces = solution.pieces(may_split=kind != "layer" and solution.sample_norms is None)
+            rates = [-group["lr"] if group["maximize"] else group["lr"] for group in groups]
+            decays = [group["lr"] * group["weight_decay"] for group in groups]
+            move(in_place, pieces, norms, kind, eps, rates, decays)
+            self._moved.update(map(id, parameters))
+        else:
+            (piece,) = solution.pieces(may_split=False)
+            factors = inverse_lengths(norms(piece), eps)
+            is_new = piece.direction is not piece.gradient
+            part.write(scale_blocks(piece.direction, factors, kind, in_place=is_new), directions)
+            if self._has_foreign_momentum:
+                self._take_over_momentum(part, solution, factors, kind)
+        for p, _, new in part.parameters:
+            self.state[p].update(new)
+
+    def _solver(self, part: Part) -> Callable[[], Solved]:
         layer = part.layer
         if layer is None or self._kind is None:
-            return solved(part, self.metric, ())
+            return solver(part, self.metric, ())
         scale = self._loss_scale() if callable(self._loss_scale) else self._loss_scale
         factors = pooled_factors(layer.calls, mean_reduction=self._loss_reduction == "mean", loss_scale=scale)
         invert = self.metric in WITH_MATRICES and self._is_due(layer, self._inverse_interval)
@@ -382,15 +411,15 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
             part.new[0]["is_edited"], product = True, None
         part.new[0]["step"] = part.past[0].get("step", 0) + 1
         with_samples = self._expectation == "per_sample"
-        return solved(part, self.metric, factors, invert=invert, product=product, with_samples=with_samples)
+        return solver(part, self.metric, factors, invert=invert, product=product, with_samples=with_samples)
 
-    def _norms(self, part: Part, solution: Solved, kind: Block) -> BlockValues:
+    def _norms(self, part: Part, solution: Solved, kind: Block) -> Norms:
         """E of every block."""
         if self._expectation == "fan_in":
             return unit_sizes(part)
         if solution.sample_norms is not None:
-            return bound_by_samples(part, solution, kind)
-        return average_of_steps(part, solution, kind, from_zero=self._norm_start == "zero")
+            return bound_by_samples(solution.sample_norms, kind)
+        return average_of_steps(part, kind, from_zero=self._norm_start == "zero")
 
     def _take_over_momentum(self, part: Part, solution: Solved, factors: BlockValues, kind: Block) -> None:
         """Put momentum of a run with torch.optim.SGD, which averages gradients, into our coordinates."""
@@ -405,12 +434,13 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
             self.state[p]["momentum_buffer"] = buffers[id(p)]
 
     def _descend(self, group: dict[str, Any], directions: Mapping[int, Tensor]) -> None:
+        params = [p for p in group["params"] if p.grad is not None and id(p) not in self._moved]
         if group["rule"] != "sgd" and group["weight_decay"] != 0:
-            for p in group["params"]:
-                if p.grad is not None:
-                    p.sub_(p * (group["lr"] * group["weight_decay"]))
+            for p in params:
+                shrink(p, group["lr"] * group["weight_decay"])
             group = {**group, "weight_decay": 0.0}
-        super()._descend(group, directions)
+        if params:
+            super()._descend({**group, "params": params}, directions)
 
     # -- saving and reporting --------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,9 +11,8 @@ from torch import Tensor
 
 from torchgeom_optim.geometry.metric import LayerVector
 from torchgeom_optim.geometry.moments import at_least_float32
-from torchgeom_optim.optimizers.distributed import part_like, whole
+from torchgeom_optim.optimizers.distributed import is_sharded, part_like, whole
 from torchgeom_optim.optimizers.layers import AffineLayer
-from torchgeom_optim.optimizers.metric_grid import FROM_GRADIENTS
 
 __all__ = ["Part", "parts_with_gradients"]
 
@@ -61,6 +60,13 @@ class Part:
         weight = weight.reshape(1) if weight.dim() == 0 else weight
         return LayerVector(weight, None if bias is None else at_least_float32(bias))
 
+    @property
+    def in_place(self) -> LayerVector | None:
+        """The parameters in the form of :meth:`vector`, as views; None if they cannot be had without a copy."""
+        if any(is_sharded(p) or torch.finfo(p.dtype).bits < 32 for p, _, _ in self.parameters):
+            return None
+        return self.vector(self.weight.detach(), None if self.bias is None else self.bias.detach())
+
     def write(self, vector: LayerVector, into: dict[int, Tensor]) -> None:
         """The reverse, by the ids of the parameters; of sharded ones this process's part."""
         weight = vector.weight.t() if self.is_transposed else vector.weight
@@ -79,15 +85,16 @@ class Part:
         self.new[which][key] = now
         return now
 
-    def average_product(self, which: int, key: str, x: Tensor, y: Tensor, decay: float, start: float = 1.0) -> Tensor:
-        """The same of x * y, of large tensors in as few passes as possible; in place if the metric allows it."""
+    def kept(self, which: int, key: str, shape: Sequence[int]) -> tuple[Tensor, bool]:
+        """Where an average stands that is to be changed in place, likewise; and whether it has no value yet."""
+        like, past = self.gradient.weight, self.past[which].get(key)
+        self.new[which][key] = now = like.new_empty(shape) if past is None else past.to(like.dtype)
+        return now, past is None
+
+    def average_product(self, which: int, key: str, x: Tensor, y: Tensor, decay: float) -> Tensor:
+        """The same of x * y, in place: only once the step is certain to be taken."""
         past = self.past[which].get(key)
-        if past is None:
-            now = x * y if start == 1 else (x * y).mul_(start)
-        elif self.group["rule"] in FROM_GRADIENTS and past.dtype == x.dtype:
-            now = past.mul_(decay).addcmul_(x, y, value=1 - decay)
-        else:
-            now = (past.to(x.dtype) * decay).addcmul_(x, y, value=1 - decay)
+        now = x * y if past is None else past.to(x.dtype).mul_(decay).addcmul_(x, y, value=1 - decay)
         self.new[which][key] = now
         return now
 
