@@ -44,7 +44,7 @@ from torchgeom_optim.optimizers.parts import Part
 __all__ = ["Piece", "Solved", "shapes_of_statistics", "solver"]
 
 # So many weights at a time that the handful of tensors made of them stays in the cache.
-_CACHED_NUMBERS = 2**17
+_CACHED_NUMBERS = 2**18
 
 
 class Piece(NamedTuple):

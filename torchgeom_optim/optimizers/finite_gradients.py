@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import cmath
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -31,12 +31,7 @@ def require_finite_gradients(
     if not always and any(grad.device.type != "cpu" for grad in grads):
         return
     values = [grad._values() if grad.is_sparse else grad for grad in grads]
-    # A sum is finite only if all of its terms are, and takes a fraction of the time of looking at each of them; that of
-    # finite terms may overflow, so that one which is not finite tells nothing yet.
-    sums = defaultdict[tuple[torch.device, torch.dtype], list[Tensor]](list)
-    for value in values:
-        sums[value.device, value.dtype].append(value.sum())
-    is_bad = not all(bool(torch.stack(alike).isfinite().all()) for alike in sums.values())
+    is_bad = not _have_finite_sums(values)
     bad = [p for p, value in zip(parameters, values, strict=True) if is_bad and not bool(value.isfinite().all())]
     is_bad = bool(bad)
     if any(is_sharded(p) for p in parameters):
@@ -48,3 +43,11 @@ def require_finite_gradients(
             f"({', '.join(known.get(p, '?') for p in bad[:3])}); need finite ones: leave this batch out (zero_grad), "
             "lower lr, or step through a torch.amp.GradScaler in low precision. Nothing was changed."
         )
+
+
+def _have_finite_sums(values: Sequence[Tensor]) -> bool:
+    """Then all values are finite, which takes a fraction of the time of looking at each. Else a sum may overflow."""
+    sums = [value.sum() for value in values]
+    if all(total.device.type == "cpu" for total in sums):  # fewer kinds of operations, each of which costs at first
+        return all(cmath.isfinite(total.item()) for total in sums)
+    return bool(torch.stack([total.isfinite().to(sums[0].device) for total in sums]).all())
