@@ -94,8 +94,8 @@ def test_many_patches_are_thinned_out_evenly():
     patches = F.unfold(x, 3, padding=1).transpose(1, 2).reshape(-1, 18)
     expected = patches.T @ patches / 16
     found = optimizer.state[conv.weight]["input_factor"][0]
-    # independent inputs of unit variance: 512 patches give each entry to sqrt(2 / 512), five times over
-    torch.testing.assert_close(found[:-1, :-1] / 1600, expected / 1600, rtol=0, atol=5 * math.sqrt(2 / 512))
+    # independent inputs of unit variance: 256 patches give each entry to sqrt(2 / 256), five times over
+    torch.testing.assert_close(found[:-1, :-1] / 1600, expected / 1600, rtol=0, atol=5 * math.sqrt(2 / 256))
     assert float(found[-1, -1]) == pytest.approx(1600)
 
 

@@ -31,9 +31,10 @@ from torchgeom_optim.optimizers.layers import AffineLayer
 
 __all__ = ["Rows", "fisher", "input_rows", "moments", "output_rows", "token_frequencies"]
 
-# Of convolutions not many more positions than these are looked at, as those of one sample are correlated.
-_ENOUGH_POSITIONS = 512  # of one batch: averages run over many
-_POSITIONS_PER_ENTRY = 4  # of a patch, or of the outputs at a position
+# Of convolutions not many more positions than these are looked at, as those of one sample are correlated. (K-FAC on
+# lenet, five seeds, 100 steps: losses with half and with twice as many differ by less than those of two seeds.)
+_ENOUGH_POSITIONS = 256  # of one batch: averages run over many
+_POSITIONS_PER_ENTRY = 2  # of a patch, or of the outputs at a position
 
 
 class Rows(NamedTuple):
