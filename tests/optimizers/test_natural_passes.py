@@ -121,3 +121,24 @@ def test_functions_of_the_step_are_asked():
     every = lambda step: asked.append(step) or 2  # noqa: E731
     train(model, BlockNaturalGradient(model, 0.01, "kronecker", inverse_interval=every), small_batches(3))
     assert sorted(set(asked)) == [0, 1, 2]
+
+
+def test_a_layer_that_sees_the_weights_of_another_sees_them_as_they_were():
+    """Though the other layer has moved before its gradient is multiplied by the inverses."""
+
+    class Seeing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(5, 2), nn.Linear(5, 3, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.first(x) @ self.second(self.first.weight.view(2, 5))
+
+    torch.manual_seed(4)
+    one = Seeing().to(F64)
+    two = copy.deepcopy(one)
+    two.second.weight.register_hook(lambda grad: grad.clone())  # whose gradient goes the long way
+    x = torch.randn(3, 5, dtype=F64)
+    for model in (one, two):
+        train(model, BlockNaturalGradient(model, 0.1, "kronecker"), [x] * 3, lambda y: y.square().mean())
+    assert_same_parameters(one, two, **tolerance(condition=1e4))

@@ -137,6 +137,10 @@ class LayerMetric(ABC):
     def solve(self, gradient: LayerVector) -> MetricSolution:
         """Find u with G u = g."""
 
+    def solve_once(self, gradient: LayerVector) -> LayerVector:
+        """U of :meth:`solve`. G, made for this alone, is of no use afterwards: its memory may have become that of u."""
+        return self.solve(gradient).vector
+
     @abstractmethod
     def smallest_pivot(self) -> Tensor:
         """The smallest pivot of G (of its factors, if it is a product), a scalar."""
@@ -305,6 +309,11 @@ class DiagonalMetric(LayerMetric):
         bias = None if gradient.bias is None or q_bias is None else gradient.bias / q_bias
         return MetricSolution(LayerVector(gradient.weight / q_weight, bias), self)
 
+    def solve_once(self, gradient: LayerVector) -> LayerVector:  # noqa: D102
+        q_weight, q_bias = self.diagonal
+        bias = None if gradient.bias is None or q_bias is None else gradient.bias / q_bias
+        return LayerVector(torch.div(gradient.weight, q_weight, out=q_weight), bias)
+
     def smallest_pivot(self) -> Tensor:  # noqa: D102
         return _smallest(*self.diagonal)
 
@@ -390,9 +399,12 @@ class QuasiDiagonalMetric(LayerMetric):
     def solve(self, gradient: LayerVector) -> MetricSolution:  # noqa: D102
         weight, bias = gradient.weight, _bias_of(gradient, self)
         step = torch.addcmul(weight, self.mean, _beside(bias, weight), value=-1).div_(self.spread)
-        m = len(bias)
-        in_weights = torch.linalg.vecdot(self.mean.reshape(m, -1), step.reshape(m, -1))
-        return MetricSolution(LayerVector(step, bias / self.corner - in_weights), self)
+        return MetricSolution(LayerVector(step, bias / self.corner - _row_sums(self.mean * step)), self)
+
+    def solve_once(self, gradient: LayerVector) -> LayerVector:  # noqa: D102
+        weight, bias = gradient.weight, _bias_of(gradient, self)
+        step = torch.addcmul(weight, self.mean, _beside(bias, weight), value=-1).div_(self.spread)
+        return LayerVector(step, bias / self.corner - _row_sums(self.mean.mul_(step)))
 
     def smallest_pivot(self) -> Tensor:  # noqa: D102
         return _smallest(self.spread, self.corner)

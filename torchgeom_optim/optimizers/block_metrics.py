@@ -102,7 +102,7 @@ class Solved:
         for start in range(0, len(g.weight), step):
             units = slice(start, start + step)
             some = g.units(units)
-            yield Piece(units, some, self.metric_of(units).solve(some).vector)
+            yield Piece(units, some, self.metric_of(units).solve_once(some))
 
 
 def solver(
@@ -152,7 +152,7 @@ def solver(
         splits = whitening is None or whitening.groups == 1
         return Solved(
             part.gradient,
-            lambda g: metric_of(slice(None)).solve(g).vector,
+            lambda g: metric_of(slice(None)).solve_once(g),
             metric_of if splits else None,
             sample_norms=norms,
         )

@@ -1,50 +1,51 @@
 """The step of Eq. (11): every block moves by -lr u / sqrt(eps + E), u = G^-1 g, in as few passes as it allows.
 
 Where E is known for a few units at a time, so is their step: direction, average and the move of the weights then follow
-each other while the numbers are in the cache. Of a diagonal metric with blocks of single weights a step reads g, and
-reads and writes s (the averages that make G), E and w; blocks of units the same without E.
+each other while the numbers are in the cache. With blocks of single weights a diagonal metric at least reads g, and
+reads and writes s (the averages that make G), E and w, 7 numbers per weight; RMSProp 5; blocks of units the same
+without E; metrics of inputs 3; the quasi-diagonal one 7, as it averages a second product.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from torchgeom_optim.geometry.metric import Block, LayerVector
+from torchgeom_optim.geometry.metric import Block, scale_blocks
 from torchgeom_optim.geometry.trust_region import inverse_lengths
-from torchgeom_optim.optimizers.block_metrics import Piece
+from torchgeom_optim.optimizers.block_metrics import Solved
+from torchgeom_optim.optimizers.parts import Part
 from torchgeom_optim.optimizers.step_lengths import Norms
 
-__all__ = ["move", "shrink"]
-
-Rate = float | Tensor
+__all__ = ["note_direction", "shrink", "step_in_place"]
 
 
-def move(
-    parameters: LayerVector,
-    pieces: Iterable[Piece],
-    norms: Norms,
-    block: Block,
-    eps: float,
-    rates: Sequence[Rate],
-    decays: Sequence[Rate],
-) -> None:
-    """Take the step in place: w -= decay w + lr u / sqrt(eps + E).
+def step_in_place(
+    part: Part, solution: Solved, norms: Norms, block: Block, eps: float, groups: Sequence[Mapping[str, Any]]
+) -> bool:
+    """Take the step: w -= lr weight_decay w, then w -= lr u / sqrt(eps + E).
 
     Args:
-        parameters: w.
-        pieces: with u.
+        part: whose parameters move.
+        solution: with u.
         norms: E of a piece.
         block: which parameters share a value.
         eps: in the units of E.
-        rates: lr of the weight, and of the bias if there is one.
-        decays: by which share of them they shrink before; likewise.
+        groups: hyper-parameters of the weight, and of the bias if there is one.
+
+    Returns:
+        Whether it was taken; not if there is momentum to be kept, or a parameter that can only be had as a copy.
     """
-    for p, decay in zip(parameters, decays, strict=False):
+    if any(group["momentum"] for group in groups) or (parameters := part.in_place) is None:
+        return False
+    for p, group in zip(parameters, groups, strict=False):
         if p is not None:
-            shrink(p, decay)
-    for piece in pieces:
+            shrink(p, group)
+    rates = [-group["lr"] if group["maximize"] else group["lr"] for group in groups]
+    for piece in solution.pieces(may_split=block != "layer" and solution.sample_norms is None):
         factors = inverse_lengths(norms(piece), eps)
         moved, for_weight = parameters.units(piece.units), factors[0]
         if block == "unit":
@@ -52,17 +53,57 @@ def move(
         _subtract(moved.weight, for_weight, piece.direction.weight, rates[0])
         if moved.bias is not None and piece.direction.bias is not None:
             _subtract(moved.bias, factors[-1], piece.direction.bias, rates[1])
+    return True
 
 
-def shrink(p: Tensor, share: Rate) -> None:
-    """Decoupled weight decay: p -= share p."""
+def note_direction(
+    part: Part,
+    solution: Solved,
+    norms: Norms,
+    block: Block,
+    eps: float,
+    directions: dict[int, Tensor],
+    foreign: MutableMapping[Tensor, dict[str, Any]] | None,
+) -> None:
+    """Write down u / sqrt(eps + E), for torch's SGD to take a step along.
+
+    Args:
+        part: whose parameters move.
+        solution: with u.
+        norms: E of a piece.
+        block: which parameters share a value.
+        eps: in the units of E.
+        directions: by the id of a parameter; added to.
+        foreign: states in which there may be momentum of a run with torch.optim.SGD, which averages gradients; it is
+            put into our coordinates.
+    """
+    (piece,) = solution.pieces(may_split=False)
+    factors = inverse_lengths(norms(piece), eps)
+    is_new = piece.direction is not piece.gradient
+    part.write(scale_blocks(piece.direction, factors, block, in_place=is_new), directions)
+    if foreign is None:
+        return
+    before = [foreign[p].pop("gradient_momentum", None) for p, _, _ in part.parameters]
+    if all(momentum is None for momentum in before):
+        return
+    filled = [torch.zeros_like(p) if m is None else m for (p, _, _), m in zip(part.parameters, before, strict=True)]
+    momentum = part.vector(filled[0], None if part.bias is None else filled[1])
+    buffers: dict[int, Tensor] = {}
+    part.write(scale_blocks(solution.solve(momentum), factors, block), buffers)
+    for p, _, _ in part.parameters:
+        foreign[p]["momentum_buffer"] = buffers[id(p)]
+
+
+def shrink(p: Tensor, group: Mapping[str, Any]) -> None:
+    """Decoupled weight decay: p -= lr weight_decay p."""
+    share = group["lr"] * group["weight_decay"]
     if isinstance(share, Tensor):
         p.addcmul_(p, share, value=-1)  # 1 - share may be coarser than p
     elif share != 0:
         p.mul_(1 - share)
 
 
-def _subtract(p: Tensor, factor: Tensor, direction: Tensor, rate: Rate) -> None:
+def _subtract(p: Tensor, factor: Tensor, direction: Tensor, rate: float | Tensor) -> None:
     if isinstance(rate, Tensor):
         p.addcmul_(factor * rate, direction, value=-1)
     else:

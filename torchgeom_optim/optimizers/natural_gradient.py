@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from torchgeom_optim.geometry.capture import activations_are_not_kept
-from torchgeom_optim.geometry.metric import Block, BlockValues, scale_blocks
-from torchgeom_optim.geometry.trust_region import inverse_lengths, network_sum
+from torchgeom_optim.geometry.metric import Block
+from torchgeom_optim.geometry.trust_region import network_sum
 from torchgeom_optim.optimizers.block_metrics import Solved, shapes_of_statistics, solver
-from torchgeom_optim.optimizers.block_steps import move, shrink
+from torchgeom_optim.optimizers.block_steps import note_direction, shrink, step_in_place
 from torchgeom_optim.optimizers.layer_factors import (
     FactorCall,
     FactorKind,
@@ -379,21 +378,11 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
         parameters = [p for p, _, _ in part.parameters]
         groups = [self._group_of_parameter[p] for p in parameters]
         eps = part.group["eps"] if self._expectation != "fan_in" else 0.0
-        has_momentum = self._has_foreign_momentum or any(group["momentum"] for group in groups)
-        in_place = None if has_momentum else part.in_place
-        if in_place is not None:
-            pieces = solution.pieces(may_split=kind != "layer" and solution.sample_norms is None)
-            rates = [-group["lr"] if group["maximize"] else group["lr"] for group in groups]
-            decays = [group["lr"] * group["weight_decay"] for group in groups]
-            move(in_place, pieces, norms, kind, eps, rates, decays)
+        foreign = self.state if self._has_foreign_momentum else None
+        if foreign is None and step_in_place(part, solution, norms, kind, eps, groups):
             self._moved.update(map(id, parameters))
         else:
-            (piece,) = solution.pieces(may_split=False)
-            factors = inverse_lengths(norms(piece), eps)
-            is_new = piece.direction is not piece.gradient
-            part.write(scale_blocks(piece.direction, factors, kind, in_place=is_new), directions)
-            if self._has_foreign_momentum:
-                self._take_over_momentum(part, solution, factors, kind)
+            note_direction(part, solution, norms, kind, eps, directions, foreign)
         for p, _, new in part.parameters:
             self.state[p].update(new)
 
@@ -421,23 +410,11 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
             return bound_by_samples(solution.sample_norms, kind)
         return average_of_steps(part, kind, from_zero=self._norm_start == "zero")
 
-    def _take_over_momentum(self, part: Part, solution: Solved, factors: BlockValues, kind: Block) -> None:
-        """Put momentum of a run with torch.optim.SGD, which averages gradients, into our coordinates."""
-        before = [self.state[p].pop("gradient_momentum", None) for p, _, _ in part.parameters]
-        if all(momentum is None for momentum in before):
-            return
-        filled = [torch.zeros_like(p) if m is None else m for (p, _, _), m in zip(part.parameters, before, strict=True)]
-        momentum = part.vector(filled[0], None if part.bias is None else filled[1])
-        buffers: dict[int, Tensor] = {}
-        part.write(scale_blocks(solution.solve(momentum), factors, kind), buffers)
-        for p, _, _ in part.parameters:
-            self.state[p]["momentum_buffer"] = buffers[id(p)]
-
     def _descend(self, group: dict[str, Any], directions: Mapping[int, Tensor]) -> None:
         params = [p for p in group["params"] if p.grad is not None and id(p) not in self._moved]
         if group["rule"] != "sgd" and group["weight_decay"] != 0:
             for p in params:
-                shrink(p, group["lr"] * group["weight_decay"])
+                shrink(p, group)
             group = {**group, "weight_decay": 0.0}
         if params:
             super()._descend({**group, "params": params}, directions)
