@@ -154,7 +154,7 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
         loss_reduction: "mean" or "sum": how the loss treats samples; used by metrics made of samples' gradients.
         loss_scale: a number, or a function such as ``scaler.get_scale``, by which the loss was multiplied; same use.
         maximize: ascend.
-        foreach: as in SGD.
+        foreach: as in SGD; steps without momentum are taken in place, a layer at a time.
         process_group: the processes that train the model together; None takes those of DistributedDataParallel or
             ``fully_shard`` if the model is in one, else the default group.
         error_if_nonfinite: whether a step refuses gradients that are NaN or infinite, which waits for the device; None

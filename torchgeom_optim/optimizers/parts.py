@@ -65,7 +65,7 @@ class Part:
         """The parameters in the form of :meth:`vector`, as views; None if they cannot be had without a copy."""
         if any(is_sharded(p) or torch.finfo(p.dtype).bits < 32 for p, _, _ in self.parameters):
             return None
-        return self.vector(self.weight.detach(), None if self.bias is None else self.bias.detach())
+        return self.vector(self.weight, self.bias)
 
     def write(self, vector: LayerVector, into: dict[int, Tensor]) -> None:
         """The reverse, by the ids of the parameters; of sharded ones this process's part."""
@@ -77,22 +77,18 @@ class Part:
         if self.bias is not None and vector.bias is not None:
             into[id(self.bias)] = part_like(vector.bias.to(self.bias.dtype), self.bias)
 
-    def average(self, which: int, key: str, now: Tensor) -> Tensor:
-        """Take a value into a running average in the state of the weight (0) or the bias (1)."""
-        past = self.past[which].get(key)
-        if past is not None:
-            now = torch.lerp(past.to(now.dtype), now, 1 - self.group["decay"])
-        self.new[which][key] = now
-        return now
-
     def kept(self, which: int, key: str, shape: Sequence[int]) -> tuple[Tensor, bool]:
-        """Where an average stands that is to be changed in place, likewise; and whether it has no value yet."""
+        """An average of the weight (0) or the bias (1), to be changed in place once the step is certain to be taken.
+
+        Returns:
+            The average, and whether it has no value yet.
+        """
         like, past = self.gradient.weight, self.past[which].get(key)
         self.new[which][key] = now = like.new_empty(shape) if past is None else past.to(like.dtype)
         return now, past is None
 
     def average_product(self, which: int, key: str, x: Tensor, y: Tensor, decay: float) -> Tensor:
-        """The same of x * y, in place: only once the step is certain to be taken."""
+        """Take x * y into a running average, likewise in place."""
         past = self.past[which].get(key)
         now = x * y if past is None else past.to(x.dtype).mul_(decay).addcmul_(x, y, value=1 - decay)
         self.new[which][key] = now
