@@ -73,8 +73,11 @@ def input_rows(layer: AffineLayer, x: Tensor, output_shape: Sequence[int]) -> Ro
     if not layer.spatial_axes:
         rows = at_least_float32(x.reshape(1, -1, x.shape[-1]))
         return Rows(F.pad(rows, (0, 1), value=1.0) if has_bias else rows, 1.0 / max(rows.shape[1], 1))
-    no_grads = torch.empty((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-    factor = _factor(layer, x, no_grads.expand(output_shape))
+    x = at_least_float32(x if x.dim() == layer.spatial_axes + 2 else x[None])
+    no_grads = x.new_empty(()).expand(len(x), 1, *output_shape[layer.channel_axis :])
+    rule = rule_for(layer.modules[0])
+    assert rule is not None  # every layer that has a rule here has one there
+    factor = rule.factors(layer.modules[0], x, no_grads, ("weight",))["weight"]
     assert isinstance(factor, ConvolutionFactor)
     rows = _patches(factor, with_one=has_bias)
     return Rows(rows, factor.num_positions / max(rows.shape[1], 1))
