@@ -169,6 +169,7 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
         FloatingPointError: at :meth:`step`: gradients that are not finite; nothing was changed.
 
     Example:
+        >>> import torch
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
         >>> optimizer = BlockNaturalGradient(model, lr=0.05, metric="kronecker", block="layer")
         >>> model(torch.randn(8, 4)).square().mean().backward()
