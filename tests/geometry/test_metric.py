@@ -171,6 +171,8 @@ def test_apply_and_solve_are_those_of_the_matrix(maker, kernel, bias, groups):
     assert 0 < float(solution.smallest_pivot) <= float(dense.diagonal().max())
     with pytest.raises(AssertionError):  # the wrong metric is noticed
         assert_same_vector(metric.solve(d).vector, torch.linalg.solve(1.001 * dense, rows.flatten()).view(rows.shape))
+    assert_same_vector(metric.solve_once(d), expected)
+    assert_same_vector(d, rows)
 
 
 @every_layer
