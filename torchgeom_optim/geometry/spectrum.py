@@ -282,6 +282,8 @@ def _decompose(jacobian: Jacobian, generator: torch.Generator) -> tuple[Eigenval
         K, seen = _weight_matrix(jacobian), z
     else:
         K, R = jacobian.gram_in_basis()
+        if R.shape[2] < R.shape[1]:  # R K R' has K's eigenvalues if R is orthonormal: here to more than J's precision
+            R = R.double() @ (1.5 * torch.eye(R.shape[2]).to(z) - 0.5 * R.mT.double() @ R.double())
         seen = coordinates_of_outputs(z, R)
     if not math.isfinite(float(K.sum())):
         raise ValueError(
@@ -292,9 +294,6 @@ def _decompose(jacobian: Jacobian, generator: torch.Generator) -> tuple[Eigenval
         decomposed = carried_to_outputs(decomposed, R)
     residual = math.sqrt(float((decomposed - products).square().sum()) / 2)
     values, errors, dtype = all_eigenvalues(K)
-    if R is not None and R.shape[2] < R.shape[1]:  # R K R' has the eigenvalues of K R'R, and R'R is 1 up to rounding
-        wide = R.double()
-        errors = errors + values.abs() * (wide.mT @ wide - torch.eye(R.shape[2]).to(wide)).norm(dim=(1, 2)).max()
     trace = Estimate(float(K.diagonal().sum(dtype=torch.float64)), 0.0)
     cache: list[Tensor] = []
 
