@@ -5,7 +5,7 @@ as factors (:mod:`torchgeom_optim.geometry.factors`); what is kept of them is th
 smaller. With N samples, C outputs, T positions, n inputs and m outputs a product of two such sets costs
 
     positions first    (N T)^2 (n + C^2 m)
-    gradients first    N C T m n  +  (N C)^2 m n * 9/16       (J J' is symmetric: blocks above the diagonal are copied)
+    gradients first    N C T m n  +  (N C)^2 m n / 2          (J J' is symmetric: what is above the diagonal is copied)
 
 multiplications, and the cheaper is taken.
 """
@@ -45,6 +45,7 @@ __all__ = [
 
 _PIECE_BYTES = 2**26
 _ROW_BLOCKS = 8
+_FEWEST_ROWS = 100  # of a square on the diagonal, of which half is wasted
 Uses = dict[str, list[Factor]]
 
 
@@ -356,7 +357,7 @@ def _add_inner_products(lower: Tensor, uses: list[Factor], with_bias: bool = Fal
     outer = [use.as_outer() for use in uses]
     products = [use for use in outer if use is not None]
     positions = sum(use.inputs.shape[2] for use in products)
-    gradients_first = len(lower) * weight * (2 * positions + len(lower) * 9 / 16)
+    gradients_first = len(lower) * weight * (2 * positions + len(lower) / 2)
     m, n = first.num_units, first.unit_numel
     # One entry of a product over pairs of positions is worth some multiplications: it is bound by memory.
     positions_first = (num_samples * positions) ** 2 * (n + num_grads**2 * (m + (32 if positions > 1 else 4)))
@@ -372,8 +373,18 @@ def _add_inner_products(lower: Tensor, uses: list[Factor], with_bias: bool = Fal
     size = max(1, _PIECE_BYTES // (len(lower) * n * step * lower.element_size())) * step
     for start in range(0, m, size):
         rows = sum_of_rows(uses, start, min(m, start + size)).reshape(len(lower), -1).to(lower.dtype)
-        for top, bottom in _row_ranges(len(lower)):
-            lower[top:bottom, :bottom].addmm_(rows[top:bottom], rows[:bottom].T)
+        _add_own_products(lower, rows)
+
+
+def _add_own_products(lower: Tensor, rows: Tensor) -> None:
+    """Add R R' to the lower triangle: the square below the diagonal's middle, and so on with the two halves."""
+    if len(rows) <= _FEWEST_ROWS:
+        lower.addmm_(rows, rows.T)
+        return
+    half = len(rows) // 2
+    lower[half:, :half].addmm_(rows[half:], rows[:half].T)
+    _add_own_products(lower[:half, :half], rows[:half])
+    _add_own_products(lower[half:, half:], rows[half:])
 
 
 def _add_products_of_products(lower: Tensor, weight: OuterFactor, with_bias: bool) -> None:
