@@ -148,6 +148,16 @@ def test_gram_in_a_basis_of_the_outputs_is_that_of_the_rows_in_it() -> None:
     torch.testing.assert_close(every, Jacobian(model, x).gram(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("num_samples", [41, 60])
+def test_gram_of_many_samples(num_samples: int) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Tanh(), nn.Flatten(), nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 3))
+    model, x = model.double(), torch.randn(num_samples, 1, 4, 4).double()
+    expected = oracle(lambda i: model(x[i : i + 1]), len(x), trainable(model))
+    gram = Jacobian(model, x, batch_size=25).gram()
+    torch.testing.assert_close(gram, expected @ expected.T, **CLOSE)
+    torch.testing.assert_close(gram, gram.T, rtol=0, atol=0)
+
+
 def test_a_bias_whose_layer_has_another_weight_keeps_its_own_products() -> None:
     class Apart(nn.Module):
         """The bias sees other gradients than the weight of the layer that it is named after."""
