@@ -104,6 +104,7 @@ def time_interleaved(
     make_batch: Callable[[int], object] | None = None,
     calls_per_round: int = 1,
     warmup_rounds: int = 2,
+    other_baselines: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Time callables side by side, so that whatever slows the machine down slows all of them.
 
@@ -120,17 +121,19 @@ def time_interleaved(
             gradients vanish into denormal numbers, which are many times slower.
         calls_per_round: calls of a candidate in a row that are timed together; more for very short ones.
         warmup_rounds: rounds before the measured ones, thrown away.
+        other_baselines: candidates that processor seconds are put in relation to besides.
 
     Returns:
         Per candidate the median and quartiles of the wall-clock seconds of one call, of their ratio to the
         baseline, and of the ratio of processor seconds (all threads of this process; time that other programs
-        take away is not in it).
+        take away is not in it), the latter also to each other baseline.
 
     Raises:
         ValueError: no such baseline, or a count below its least value.
     """
-    if baseline not in candidates:
-        raise ValueError(f"baseline={baseline!r}: must be one of {sorted(candidates)}; pass its name as in candidates.")
+    for name in (baseline, *other_baselines):
+        if name not in candidates:
+            raise ValueError(f"baseline={name!r}: must be one of {sorted(candidates)}; pass its name as in candidates.")
     if rounds < 1 or calls_per_round < 1 or warmup_rounds < 0:
         raise ValueError(
             f"rounds={rounds}, calls_per_round={calls_per_round}, warmup_rounds={warmup_rounds}: must be at "
@@ -166,6 +169,9 @@ def time_interleaved(
                 "seconds": quartiles(wall[name]),
                 "ratio": quartiles(np.divide(wall[name], wall[baseline])),
                 "cpu_ratio": quartiles(np.divide(cpu[name], np.maximum(cpu[baseline], 1e-9))),
+                "cpu_ratio_to": {
+                    other: quartiles(np.divide(cpu[name], np.maximum(cpu[other], 1e-9))) for other in other_baselines
+                },
             }
             for name in names
         },
@@ -256,6 +262,7 @@ def timing_rows(timing: Mapping[str, Any], **columns: object) -> list[dict[str, 
                 f"ratio to {timing['baseline']}": ratio["median"],
                 "quartiles": f"{ratio['lower']:.3f}-{ratio['upper']:.3f}",
                 "cpu ratio": cpu_ratio["median"],
+                **{f"cpu ratio to {other}": ratio["median"] for other, ratio in figures["cpu_ratio_to"].items()},
             }
         )
     return rows

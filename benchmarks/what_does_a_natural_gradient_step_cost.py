@@ -147,7 +147,7 @@ def _arithmetic(model: nn.Module, batch: int, shape: tuple[int, ...]) -> dict[st
     """Multiplications of a step in units of SGD's; a layer of q inputs (with the 1) and m outputs sees n patches.
 
     Its passes: 3 n q m (the first layer's: 2). Factors: n (q^2 + m^2), of convolutions over the positions that are
-    looked at, about max(512, 4 q) in a batch. Inverses: (q^3 + m^3) / 2, every tenth step. The gradient: q m (q + m),
+    looked at, about max(256, 2 q) in a batch. Inverses: (q^3 + m^3) / 2, every tenth step. The gradient: q m (q + m),
     or n (q^2 + m^2 + q m) as a product. One-sided without the m^2 and m^3.
     """
     total = dict.fromkeys(("SGD", "kfac", DENSE, "kronecker, units (one-sided)"), 0.0)
@@ -165,7 +165,7 @@ def _arithmetic(model: nn.Module, batch: int, shape: tuple[int, ...]) -> dict[st
         m, q = len(weight), weight[0].numel() + 1
         n = batch * count
         passes = (2 if number == 0 else 3) * n * q * m
-        looked_at = n if count == 1 else min(n, 1.5 * max(512, 4 * q))
+        looked_at = n if count == 1 else min(n, 1.5 * max(256, 2 * q))
         factors_in, factors_out = looked_at * q**2, looked_at * m**2
         inverse_in, inverse_out = q**3 / 2 / INTERVAL, m**3 / 2 / INTERVAL
         dense, dense_in = q * m * (q + m), q * q * m

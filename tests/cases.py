@@ -145,6 +145,14 @@ OPTIMIZER_CASES = [
 ]
 
 
+# Metrics and blocks of BlockNaturalGradient, every metric at least once.
+NATURAL_MEMBERS = [
+    ("identity", "weight"), ("identity", "layer"), ("diagonal", "unit"), ("quasi_diagonal", "unit"),
+    ("whitening", "unit"), ("kronecker", "layer"), ("kronecker", "unit"), ("exact", "layer"), ("kronecker", "network"),
+    ("scale_free_whitening", "unit"), ("fisher_diagonal", "weight"), ("fisher_quasi_diagonal", "unit"),
+]  # fmt: skip
+
+
 class SmallNet(nn.Module):
     """A convolution, a norm layer, a bare parameter and two linear layers, one without bias."""
 

@@ -58,6 +58,17 @@ def test_ratios_are_taken_round_by_round(monkeypatch):
     assert rows[1]["ratio to a"] == 2.0
 
 
+def test_processor_time_in_units_of_another_candidate_too(monkeypatch):
+    times = iter([(1.0, 1.0), (1.0, 2.0), (1.0, 4.0), (1.0, 6.0), (1.0, 24.0), (1.0, 3.0)])
+    monkeypatch.setattr(harness, "_timed", lambda call, arguments: next(times))
+    timing = harness.time_interleaved(
+        dict.fromkeys("abc", int), baseline="a", rounds=2, warmup_rounds=0, other_baselines=["b"]
+    )  # processor seconds of a, b, c: 1, 2, 4 and, starting with b, 3, 6, 24
+    rows = harness.timing_rows(timing)
+    assert [row["cpu ratio"] for row in rows] == [1.0, 2.0, 6.0]
+    assert [row["cpu ratio to b"] for row in rows] == [0.5, 1.0, 3.0]
+
+
 def test_garbage_collection_is_as_before():
     def fails():
         raise RuntimeError("a candidate")
@@ -83,6 +94,8 @@ def test_bad_requests():
         harness.time_interleaved({"a": int}, baseline="b", rounds=1)
     with pytest.raises(ValueError, match="rounds=0"):
         harness.time_interleaved({"a": int}, baseline="a", rounds=0)
+    with pytest.raises(ValueError, match="baseline='b': must be one of"):
+        harness.time_interleaved({"a": int}, baseline="a", rounds=1, other_baselines=["b"])
 
 
 def test_quartiles():

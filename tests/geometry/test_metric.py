@@ -171,6 +171,8 @@ def test_apply_and_solve_are_those_of_the_matrix(maker, kernel, bias, groups):
     assert 0 < float(solution.smallest_pivot) <= float(dense.diagonal().max())
     with pytest.raises(AssertionError):  # the wrong metric is noticed
         assert_same_vector(metric.solve(d).vector, torch.linalg.solve(1.001 * dense, rows.flatten()).view(rows.shape))
+    assert_same_vector(metric.solve_once(d), expected)
+    assert_same_vector(d, rows)
 
 
 @every_layer
@@ -370,6 +372,18 @@ def test_a_solve_that_fails_says_so(number):
     assert raised.value.smallest_pivot == pytest.approx(pivot, abs=1e-12, nan_ok=True)
     if isinstance(metric, (KroneckerMetric, ExactMetric)):
         assert torch.isnan(solution.vector.weight).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 1, 1)])
+def test_infinite_matrices_are_no_metric(shape):
+    infinite, one = torch.full(shape, math.inf), torch.ones(shape)
+    metrics: list[LayerMetric] = [KroneckerMetric.factorise(infinite, infinite)]
+    if len(shape) == 3:
+        metrics.append(ExactMetric.factorise(infinite))
+    for metric in metrics:
+        with pytest.raises(NotPositiveDefiniteError, match="smallest pivot"):
+            metric.require_positive_definite()
+    KroneckerMetric.factorise(one, one).require_positive_definite()
 
 
 def test_a_failed_block_does_not_spoil_the_others():

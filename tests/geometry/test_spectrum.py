@@ -169,6 +169,31 @@ def test_float32_products_are_decomposed_in_float64_and_their_error_is_told() ->
     assert single.rank <= exact.rank
 
 
+def test_eigenvalues_of_many_float32_products_are_computed_in_float32_unless_they_would_drown() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 400, generator=generator) + 0.3
+    model = nn.Sequential(nn.Linear(400, 32), nn.Tanh(), nn.Linear(32, 3))
+    for p in model.parameters():
+        p.data = torch.randn(p.shape, generator=generator) / math.sqrt(p.shape[-1])
+    J, exact = (Jacobian(model, x, of="sqrt_probabilities", dtype=dtype) for dtype in (None, torch.float64))
+    single, double = jacobian_spectrum(J), jacobian_spectrum(exact)
+    assert (single.eigenvalue_dtype, double.eigenvalue_dtype) == (torch.float32, torch.float64)
+    assert len(single.eigenvalues) == single.rank == double.rank == 600
+    off = (single.eigenvalues - double.eigenvalues).abs()
+    assert bool((off <= single.residuals).all())
+    assert 0 < float(off.max())
+    assert single.roundoff == float(single.residuals.max()) < 0.2 * float(double.eigenvalues[-1])
+    assert float((off / double.eigenvalues)[:10].max()) < 1e-5
+    torch.testing.assert_close(single.trace.value, double.trace.value, rtol=1e-6, atol=0.0)
+    V = single.eigenvectors(3).float()
+    torch.testing.assert_close(J.T @ (J @ V) / 300, V * single.eigenvalues[:3].float(), **tolerance(torch.float32, 10))
+    with torch.no_grad():
+        model[2].weight.mul_(30)  # sure of itself, as after training
+    sure = jacobian_spectrum(Jacobian(model, x, of="sqrt_probabilities"))
+    assert sure.eigenvalue_dtype == torch.float64
+    assert sure.rank < 600
+
+
 def test_the_dependent_direction_of_each_sample_is_left_out_where_it_is_one_distribution() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
     x = torch.randn(5, 4, dtype=torch.float64)

@@ -105,9 +105,27 @@ class ConvolutionFactor(Factor):
         return g.reshape(*g.shape[:2], self.groups, -1, self.num_positions)
 
     def as_outer(self) -> OuterFactor:  # noqa: D102
-        patches = self.patches()  # in the weight's order, channels before kernel
-        patches = patches.view(*patches.shape[:3], math.prod(self.kernel_size), -1).transpose(3, 4).flatten(3)
-        return OuterFactor(patches, self.grads_by_group().transpose(3, 4))
+        return OuterFactor(self._columns().transpose(2, 3), self.grads_by_group().transpose(3, 4))
+
+    def _columns(self) -> Tensor:
+        """Patches in the weight's order, positions last, so that the copy is one of whole rows: [N, G, n, T]."""
+        x = (
+            F.pad(self.inputs, [pad for p in reversed(self.padding) for pad in (p, p)])
+            if any(self.padding)
+            else self.inputs
+        )
+        x = x.reshape(self.num_samples, self.groups, -1, *x.shape[2:])
+        steps = x.stride()[3:]
+        view = x.as_strided(
+            (*x.shape[:3], *self.kernel_size, *self.output_grads.shape[3:]),
+            (
+                *x.stride()[:3],
+                *(d * step for d, step in zip(self.dilation, steps, strict=True)),
+                *(s * step for s, step in zip(self.stride, steps, strict=True)),
+            ),
+            x.storage_offset(),
+        )
+        return view.reshape(*x.shape[:2], self.unit_numel, self.num_positions)
 
     def rows(self, start: int = 0, stop: int | None = None) -> Tensor:  # noqa: D102
         if (start, stop) in ((0, None), (0, self.num_units)) and _favours_grouped_convolution(self):

@@ -45,7 +45,8 @@ def fisher_spectrum(
         max_products: columns at most.
         generator: for labels, start and probes.
         dtype: of J's products. A Gram matrix squares the condition number: of a spectrum in float32 less than 7 decades
-            can be seen, of one in float64 15.
+            can be seen, of one in float64 15. With products in float32, eigenvalues may be too: see
+            :class:`~torchgeom_optim.geometry.spectrum.Spectrum`.
         **jacobian_options: for :class:`Jacobian`: parameters, batch_size, memory_limit, select, class_dim, keep_modes.
 
     Returns:

@@ -16,6 +16,7 @@ from torchgeom_optim.geometry.jacobian_gram import (
     Uses,
     factor_bytes,
     factors_agree,
+    gram_of_outputs,
     gram_of_row_blocks,
     layer_factors,
     layers_with_rule,
@@ -261,19 +262,34 @@ class Jacobian:
         Raises:
             JacobianMemoryError: see ``memory_limit``.
         """
+        return gram_of_outputs(*self.gram_in_basis()).to(self.dtype)
+
+    @torch.inference_mode(False)
+    def gram_in_basis(self) -> tuple[Tensor, Tensor]:
+        r"""R'J J'R with the basis R of :meth:`layer_rows`; J J' = R (R'J J'R) R', and they share nonzero eigenvalues.
+
+        Returns:
+            R'J J'R [N K, N K], exactly symmetric, and R [N, C, K].
+
+        Raises:
+            JacobianMemoryError: see ``memory_limit``.
+        """
         self._learn_rules()
         self._plan.allow("gram")
         if self._plan.gram_by_factors():
             return self._gram_by_factors()
-        capacity = self._plan.samples_held() * self.num_outputs
+        basis = self._bases()
+        num_directions = basis.shape[2]
+        held = self._plan.samples_held()
         gram = gram_of_row_blocks(
-            self._row_blocks,
-            self.shape[0],
-            capacity,
+            lambda start: self._row_blocks(start, self._basis),
+            self.num_samples * num_directions,
+            held * num_directions,
             lambda *shape: torch.empty(shape, dtype=self.dtype, device=self.vectors.device),
         )
-        self.ways["gram"] = "rows, " + ("held" if capacity >= self.shape[0] else "held in part and computed again")
-        return gram
+        in_parts = held < self.num_samples
+        self.ways["gram"] = "rows, " + ("held in part and computed again" if in_parts else "held")
+        return gram, basis
 
     @torch.inference_mode(False)
     def layer_rows(self) -> Iterator[Uses]:
@@ -339,19 +355,19 @@ class Jacobian:
         blocks = [self._block(batch.part(i, i + 1)) @ columns.T for i in range(batch.size)]
         return torch.stack(blocks).permute(2, 0, 1)
 
-    def _row_blocks(self, from_row: int = 0) -> Iterator[Tensor]:
-        row = 0
+    def _row_blocks(self, from_row: int = 0, basis: Callable[[Tensor], Tensor] = unit_basis) -> Iterator[Tensor]:
+        row, per_sample = 0, self.num_outputs - (basis is sphere_basis)
         for batch in self._f.parts(self._plan.samples_per_pass("rows")):
             if row >= from_row:
-                yield self._block(batch)
-            row += batch.size * self.num_outputs
+                yield self._block(batch, basis)
+            row += batch.size * per_sample
 
     @torch.inference_mode(False)
-    def _block(self, batch: MiniBatch) -> Tensor:
-        """Rows [b C, P] of a mini-batch."""
+    def _block(self, batch: MiniBatch, basis: Callable[[Tensor], Tensor] = unit_basis) -> Tensor:
+        """Rows [b K, P] of a mini-batch in a basis of its outputs."""
         self._learn_rules()
-        uses, _ = self._factors(batch, unit_basis)
-        num_rows = batch.size * self.num_outputs
+        uses, directions = self._factors(batch, basis)
+        num_rows = batch.size * directions.shape[2]
         block = torch.empty(num_rows, self.vectors.size, dtype=self.dtype, device=self.vectors.device)
         with self._f.private(), torch.no_grad():
             self.vectors.write({name: sum_of_rows(factors) for name, factors in uses.items()}, block)
@@ -405,16 +421,24 @@ class Jacobian:
             held, patches = factor_bytes(known, batch.size)
             self._plan.factors = held + rest * self.num_outputs * self.dtype.itemsize, patches
 
-    def _gram_by_factors(self) -> Tensor:
+    def _bases(self) -> Tensor:
+        """R [N, C, K] of all samples."""
+        bases = []
+        for batch in self._f.parts(self._plan.samples_per_pass("rows")):
+            with self._f.private(), torch.no_grad():
+                bases.append(self._basis(self._f.on(batch)(self.vectors.values(), lambda f: f.detach())))
+        return torch.cat(bases)
+
+    def _gram_by_factors(self) -> tuple[Tensor, Tensor]:
         store = FactorStore()
         for batch in self._f.parts(self._plan.samples_per_pass("factors")):
             store.add(*self._factors(batch, self._basis))
         with self._f.private(), torch.no_grad():
-            gram = store.gram().to(self.dtype)
+            gram, basis = store.gram()
         by_rule, number = len(self._by_rule or ()), len(self.vectors.shapes)
         others = ", rows for the others" if by_rule < number else ""
         self.ways["gram"] = f"layers' factors for {by_rule} of {number} parameters{others}"
-        return gram
+        return gram, basis
 
 
 class TransposedJacobian:

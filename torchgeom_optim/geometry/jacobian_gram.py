@@ -5,7 +5,7 @@ as factors (:mod:`torchgeom_optim.geometry.factors`); what is kept of them is th
 smaller. With N samples, C outputs, T positions, n inputs and m outputs a product of two such sets costs
 
     positions first    (N T)^2 (n + C^2 m)
-    gradients first    N C T m n  +  (N C)^2 m n * 9/16       (J J' is symmetric: blocks above the diagonal are copied)
+    gradients first    N C T m n  +  (N C)^2 m n / 2          (J J' is symmetric: what is above the diagonal is copied)
 
 multiplications, and the cheaper is taken.
 """
@@ -30,8 +30,11 @@ from torchgeom_optim.geometry.layers import rule_for
 __all__ = [
     "FactorStore",
     "Uses",
+    "carried_to_outputs",
+    "coordinates_of_outputs",
     "factor_bytes",
     "factors_agree",
+    "gram_of_outputs",
     "gram_of_row_blocks",
     "layer_factors",
     "layers_with_rule",
@@ -42,6 +45,7 @@ __all__ = [
 
 _PIECE_BYTES = 2**26
 _ROW_BLOCKS = 8
+_FEWEST_ROWS = 100  # of a square on the diagonal, of which half is wasted
 Uses = dict[str, list[Factor]]
 
 
@@ -186,23 +190,72 @@ class FactorStore:
             self._parts.setdefault(name, []).append(_compact(factors))
         self._bases.append(basis)
 
-    def gram(self) -> Tensor:
-        """J J' [N C, N C] over all parameters taken in."""
+    def gram(self) -> tuple[Tensor, Tensor]:
+        """R'J J'R [N K, N K] over all parameters taken in, and R [N, C, K]."""
         basis = torch.cat(self._bases)
-        num_samples, num_outputs, num_directions = basis.shape
-        num_rows = num_samples * num_directions
+        num_rows = len(basis) * basis.shape[2]
         lower = basis.new_zeros(num_rows, num_rows, dtype=torch.promote_types(basis.dtype, torch.float32))
         while self._parts:
-            _, parts = self._parts.popitem()  # each parameter's factors go as soon as they are used
-            _add_inner_products(lower, _over_samples(parts))
-        gram = lower.tril_()
-        gram = gram + gram.tril(-1).T
-        if num_directions == num_outputs:
-            return gram
-        # K = R K' R', R block diagonal.
-        half = torch.bmm(basis.to(gram.dtype), gram.view(num_samples, num_directions, num_rows))
-        half = half.reshape(-1, num_rows).T.reshape(num_samples, num_directions, -1)
-        return torch.bmm(basis.to(gram.dtype), half).reshape(num_samples * num_outputs, -1)
+            name, parts = self._parts.popitem()  # each parameter's factors go as soon as they are used
+            partner = self._weight_of(name, parts)
+            if partner is not None:
+                parts = self._parts.pop(partner)
+            _add_inner_products(lower, _over_samples(parts), with_bias=partner is not None)
+        return _mirrored(lower), basis
+
+    def _weight_of(self, name: str, parts: list[list[Factor]]) -> str | None:
+        """The weight whose products of output gradients are those of this bias too, one position each."""
+        layer = name.rpartition(".")[0]
+        for other, candidates in self._parts.items():
+            same_layer = other.rpartition(".")[0] == layer
+            if same_layer and all(_share_gradients(*both) for both in zip(candidates, parts, strict=True)):
+                return other
+        return None
+
+
+def gram_of_outputs(gram: Tensor, basis: Tensor) -> Tensor:
+    """J J' from R'J J'R.
+
+    Args:
+        gram: [N K, N K].
+        basis: R [N, C, K].
+
+    Returns:
+        [N C, N C], exactly symmetric; ``gram`` itself where K = C, as R is then 1.
+    """
+    if basis.shape[1] == basis.shape[2]:
+        return gram
+    return _mirrored(carried_to_outputs(carried_to_outputs(gram, basis).T, basis))
+
+
+def coordinates_of_outputs(columns: Tensor, basis: Tensor) -> Tensor:
+    """R'U for columns U in the space of all outputs.
+
+    Args:
+        columns: U [N C, k].
+        basis: R [N, C, K].
+
+    Returns:
+        [N K, k].
+    """
+    num_samples, num_outputs, num_directions = basis.shape
+    coordinates = torch.bmm(basis.mT.to(columns.dtype), columns.reshape(num_samples, num_outputs, -1))
+    return coordinates.reshape(num_samples * num_directions, -1)
+
+
+def carried_to_outputs(columns: Tensor, basis: Tensor) -> Tensor:
+    """R U: columns in the space of the directions in that of all outputs.
+
+    Args:
+        columns: U [N K, k].
+        basis: R [N, C, K].
+
+    Returns:
+        [N C, k].
+    """
+    num_samples, num_outputs, num_directions = basis.shape
+    carried = torch.bmm(basis.to(columns.dtype), columns.reshape(num_samples, num_directions, -1))
+    return carried.reshape(num_samples * num_outputs, -1)
 
 
 def factor_bytes(uses: Mapping[str, list[Factor]], num_samples: int) -> tuple[int, int]:
@@ -242,13 +295,35 @@ def gram_of_row_blocks(
             for column, other in held:
                 with torch.autocast(block.device.type, enabled=False):
                     product = block @ other.T
-                if other is block:  # which not every kernel makes symmetric to the last bit
-                    product = product.tril() + product.tril(-1).T
-                gram[column : column + len(other), row : row + len(block)] = product.T
                 gram[row : row + len(block), column : column + len(other)] = product
             row += len(block)
         start = room_until
-    return gram
+    return _mirrored(gram)
+
+
+def _mirrored(lower: Tensor) -> Tensor:
+    """The symmetric matrix of this lower triangle, in its place."""
+    for top, bottom in _row_ranges(len(lower)):
+        lower[:top, top:bottom] = lower[top:bottom, :top].T
+        corner = lower[top:bottom, top:bottom].tril()
+        lower[top:bottom, top:bottom] = corner + corner.tril(-1).T
+    return lower
+
+
+def _row_ranges(num_rows: int, step: int = 1) -> Iterator[tuple[int, int]]:
+    """Ranges of rows, some eight of them, cut between multiples of ``step``."""
+    size = step * -(-num_rows // (step * _ROW_BLOCKS))
+    return ((start, min(start + size, num_rows)) for start in range(0, num_rows, size))
+
+
+def _share_gradients(weight: list[Factor], bias: list[Factor]) -> bool:
+    """Whether one use of a weight at one position and one of a bias have the same output gradients."""
+    if len(weight) != 1 or len(bias) != 1:
+        return False
+    outer, rows = weight[0], bias[0]
+    if not (isinstance(outer, OuterFactor) and isinstance(rows, RowFactor) and outer.num_positions == 1):
+        return False
+    return torch.equal(outer.output_grads.flatten(2), rows.values)
 
 
 def _compact(factors: list[Factor]) -> list[Factor]:
@@ -274,7 +349,7 @@ def _over_samples(parts: list[list[Factor]]) -> list[Factor]:
     return joined
 
 
-def _add_inner_products(lower: Tensor, uses: list[Factor]) -> None:
+def _add_inner_products(lower: Tensor, uses: list[Factor], with_bias: bool = False) -> None:
     """Add <J_i, J_j> to the lower triangle (whatever lies above the diagonal is not used)."""
     first = uses[0]
     num_samples, num_grads = first.num_samples, first.num_grads
@@ -282,11 +357,14 @@ def _add_inner_products(lower: Tensor, uses: list[Factor]) -> None:
     outer = [use.as_outer() for use in uses]
     products = [use for use in outer if use is not None]
     positions = sum(use.inputs.shape[2] for use in products)
-    gradients_first = len(lower) * weight * (2 * positions + len(lower) * 9 / 16)
+    gradients_first = len(lower) * weight * (2 * positions + len(lower) / 2)
     m, n = first.num_units, first.unit_numel
     # One entry of a product over pairs of positions is worth some multiplications: it is bound by memory.
     positions_first = (num_samples * positions) ** 2 * (n + num_grads**2 * (m + (32 if positions > 1 else 4)))
     by_positions = len(products) == len(uses) and positions_first < gradients_first
+    if len(products) == 1 and products[0].num_positions == 1 and (by_positions or with_bias):
+        _add_products_of_products(lower, products[0], with_bias)
+        return
     if by_positions or (len(uses) == 1 and isinstance(first, TokenFactor)):
         lower += inner_products(products if by_positions else uses).view_as(lower)
         return
@@ -295,10 +373,30 @@ def _add_inner_products(lower: Tensor, uses: list[Factor]) -> None:
     size = max(1, _PIECE_BYTES // (len(lower) * n * step * lower.element_size())) * step
     for start in range(0, m, size):
         rows = sum_of_rows(uses, start, min(m, start + size)).reshape(len(lower), -1).to(lower.dtype)
-        for i in range(_ROW_BLOCKS):
-            top, bottom = i * len(lower) // _ROW_BLOCKS, (i + 1) * len(lower) // _ROW_BLOCKS
-            if bottom > top:
-                lower[top:bottom, :bottom].addmm_(rows[top:bottom], rows[:bottom].T)
+        _add_own_products(lower, rows)
+
+
+def _add_own_products(lower: Tensor, rows: Tensor) -> None:
+    """Add R R' to the lower triangle: the square below the diagonal's middle, and so on with the two halves."""
+    if len(rows) <= _FEWEST_ROWS:
+        lower.addmm_(rows, rows.T)
+        return
+    half = len(rows) // 2
+    lower[half:, :half].addmm_(rows[half:], rows[:half].T)
+    _add_own_products(lower[:half, :half], rows[:half])
+    _add_own_products(lower[half:, half:], rows[half:])
+
+
+def _add_products_of_products(lower: Tensor, weight: OuterFactor, with_bias: bool) -> None:
+    """(a . a')(g . g'), or (a . a' + 1)(g . g') for a weight and its bias together, a few samples' rows at a time."""
+    a, g = weight.inputs.flatten(1).to(lower.dtype), weight.output_grads.flatten(2).flatten(0, 1).to(lower.dtype)
+    num_grads = weight.num_grads
+    of_inputs = torch.addmm(a.new_full((), float(with_bias)), a, a.T)
+    for top, bottom in _row_ranges(len(lower), num_grads):
+        of_grads = (g[top:bottom] @ g[:bottom].T).view(-1, num_grads, bottom)
+        pairs = of_inputs[top // num_grads : bottom // num_grads, : bottom // num_grads]
+        block = lower[top:bottom, :bottom].view(-1, num_grads, bottom)
+        block.addcmul_(of_grads, pairs.repeat_interleave(num_grads, 1)[:, None])
 
 
 def _tensors(factor: Factor) -> dict[str, Tensor]:

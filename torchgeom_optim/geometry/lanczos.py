@@ -257,22 +257,31 @@ def _normal(size: int, num: int, generator: torch.Generator, device: torch.devic
 
 def _orthonormal(block: Tensor, Q: Tensor, generator: torch.Generator) -> Tensor:
     """Orthonormal columns at right angles to Q that span the block's part there; random ones where it has none."""
+    block = block.to(Q)
     floor = 100 * torch.finfo(Q.dtype).eps * block.norm(dim=0).max()
+    together = block
+    for _ in range(2):
+        together = together - Q @ (Q.T @ together)
+    together, lengths = torch.linalg.qr(together)
+    if bool((lengths.diagonal().abs() > floor).all()):
+        # What was lost to cancellation is made up for at unit length.
+        basis: Tensor = torch.linalg.qr(together - Q @ (Q.T @ together))[0]
+        return basis
+    # Some columns have no part there: one by one.
     columns = Q.new_empty(len(Q), 0)
     for i in range(block.shape[1]):
-        column = block[:, i : i + 1].to(Q)
+        column = block[:, i : i + 1]
         while True:
             for _ in range(2):
-                for basis in (Q, columns):
-                    column = column - basis @ (basis.T @ column)
+                for known in (Q, columns):
+                    column = column - known @ (known.T @ column)
             length = column.norm()
             if bool(length > floor):
                 break
             column, floor = _normal(len(Q), 1, generator, Q.device), floor.new_zeros(())
         column = column / length
-        # What was lost to cancellation is made up for at unit length.
-        for basis in (Q, columns):
-            column = column - basis @ (basis.T @ column)
+        for known in (Q, columns):
+            column = column - known @ (known.T @ column)
         columns = torch.cat([columns, column / column.norm()], 1)
     return columns
 

@@ -133,6 +133,16 @@ class KroneckerMetric(LayerMetric):
         """The smallest of A's and B's; waits for the device if a factor is not positive definite."""
         return torch.minimum(_smallest_pivot(self.input_factor), _smallest_pivot(self.output_factor))
 
+    def require_positive_definite(self) -> None:
+        """As for every metric; factorises anew only where an inverse says that something is wrong.
+
+        Raises:
+            NotPositiveDefiniteError: a factor is not positive definite.
+        """
+        inputs, outputs = _diagonal(self.input_inverse), _diagonal(self.output_inverse)
+        if not bool(_are_positive(inputs) & _are_positive(outputs)):
+            super().require_positive_definite()
+
 
 @dataclass(frozen=True, eq=False)
 class ExactMetric(LayerMetric):
@@ -190,6 +200,15 @@ class ExactMetric(LayerMetric):
         """The smallest of all matrices; waits for the device if one of them is not positive definite."""
         return _smallest_pivot(self.matrix)
 
+    def require_positive_definite(self) -> None:
+        """As for every metric; factorises anew only where the factor says that something is wrong.
+
+        Raises:
+            NotPositiveDefiniteError: a matrix is not positive definite.
+        """
+        if not bool(_are_positive(_diagonal(self.cholesky).square())):
+            super().require_positive_definite()
+
 
 def kronecker_product(left: Tensor, vector: LayerVector, right: Tensor) -> LayerVector:
     """L D R, per group of rows of D = [d_W, d_b].
@@ -236,8 +255,17 @@ def _from_rows(rows: Tensor, like: LayerVector) -> LayerVector:
     return LayerVector(rows[:, :-1].reshape(like.weight.shape), rows[:, -1].contiguous())
 
 
+def _diagonal(factor: Tensor) -> Tensor:
+    return torch.diagonal(factor, dim1=-2, dim2=-1) if factor.dim() > 2 else factor
+
+
+def _are_positive(values: Tensor) -> Tensor:
+    """Whether all of them are in (0, inf)."""
+    return ((values > 0) & (values < math.inf)).all()
+
+
 def _mean_diagonal(factor: Tensor) -> Tensor:
-    return (torch.diagonal(factor, dim1=-2, dim2=-1) if factor.dim() > 2 else factor).mean(-1)
+    return _diagonal(factor).mean(-1)
 
 
 def _damped(factor: Tensor, damping: float | Tensor) -> Tensor:
@@ -251,8 +279,9 @@ def _damped(factor: Tensor, damping: float | Tensor) -> Tensor:
 
 
 def _cholesky(matrix: Tensor) -> Tensor:
+    cholesky: Tensor
     cholesky, info = torch.linalg.cholesky_ex(matrix)
-    return torch.masked_fill(cholesky, (info != 0)[:, None, None], math.nan)
+    return cholesky.mul_(torch.where(info != 0, math.nan, 1.0)[:, None, None])  # one pass; masked_fill takes several
 
 
 def _inverse(factor: Tensor) -> Tensor:

@@ -67,6 +67,12 @@ class LayerVector(NamedTuple):
     weight: Tensor
     bias: Tensor | None = None
 
+    def units(self, which: slice) -> LayerVector:
+        """The part that belongs to some of the units, as views; that of all is the vector itself."""
+        if which == slice(None):
+            return self
+        return LayerVector(self.weight[which], None if self.bias is None else self.bias[which])
+
 
 class NotPositiveDefiniteError(ArithmeticError):
     """A metric that should be positive definite is not.
@@ -130,6 +136,10 @@ class LayerMetric(ABC):
     @abstractmethod
     def solve(self, gradient: LayerVector) -> MetricSolution:
         """Find u with G u = g."""
+
+    def solve_once(self, gradient: LayerVector) -> LayerVector:
+        """U of :meth:`solve`. G, made for this alone, is of no use afterwards: its memory may have become that of u."""
+        return self.solve(gradient).vector
 
     @abstractmethod
     def smallest_pivot(self) -> Tensor:
@@ -270,11 +280,23 @@ class DiagonalMetric(LayerMetric):
         Returns:
             The damped metric; positive definite unless zero is 0, and s is 0 throughout, or somewhere and damping is 0.
         """
-        weight, bias = second_moments
+        return cls.raised(second_moments, cls.floor(second_moments, damping, zero), zero)
+
+    @staticmethod
+    def floor(second_moments: LayerVector, damping: float, zero: float = 0.0) -> Tensor | None:
+        """What :meth:`damped` adds, a scalar; None for nothing."""
         if damping == 0:
-            return cls(LayerVector(_or(weight, zero), None if bias is None else _or(bias, zero)))
+            return None
+        weight, bias = second_moments
         total = weight.sum() if bias is None else weight.sum() + bias.sum()
-        floor = _or(total * (damping / (weight.numel() + (0 if bias is None else bias.numel()))), zero)
+        return _or(total * (damping / (weight.numel() + (0 if bias is None else bias.numel()))), zero)
+
+    @classmethod
+    def raised(cls, second_moments: LayerVector, floor: Tensor | None, zero: float = 0.0) -> DiagonalMetric:
+        """The same for some of the units, with the floor of all of them."""
+        weight, bias = second_moments
+        if floor is None:
+            return cls(LayerVector(_or(weight, zero), None if bias is None else _or(bias, zero)))
         return cls(LayerVector(weight + floor, None if bias is None else bias + floor))
 
     def apply(self, vector: LayerVector) -> LayerVector:  # noqa: D102
@@ -286,6 +308,11 @@ class DiagonalMetric(LayerMetric):
         q_weight, q_bias = self.diagonal
         bias = None if gradient.bias is None or q_bias is None else gradient.bias / q_bias
         return MetricSolution(LayerVector(gradient.weight / q_weight, bias), self)
+
+    def solve_once(self, gradient: LayerVector) -> LayerVector:  # noqa: D102
+        q_weight, q_bias = self.diagonal
+        bias = None if gradient.bias is None or q_bias is None else gradient.bias / q_bias
+        return LayerVector(torch.div(gradient.weight, q_weight, out=q_weight), bias)
 
     def smallest_pivot(self) -> Tensor:  # noqa: D102
         return _smallest(*self.diagonal)
@@ -336,11 +363,33 @@ class QuasiDiagonalMetric(LayerMetric):
         Returns:
             The damped metric.
         """
-        corner = _or(bias_diagonal + bias_diagonal.mean() * damping, zero)
+        floors = cls.floors(weight_diagonal, bias_diagonal, damping, zero)
+        return cls.raised(weight_diagonal, bias_row, bias_diagonal, floors, zero)
+
+    @staticmethod
+    def floors(
+        weight_diagonal: Tensor, bias_diagonal: Tensor, damping: float, zero: float = 0.0
+    ) -> tuple[Tensor, Tensor] | None:
+        """What :meth:`damped` adds to A_ii and to A_00, scalars; None for nothing."""
+        if damping == 0:
+            return None
+        return _or(weight_diagonal.mean() * damping, zero), bias_diagonal.mean() * damping
+
+    @classmethod
+    def raised(
+        cls,
+        weight_diagonal: Tensor,
+        bias_row: Tensor,
+        bias_diagonal: Tensor,
+        floors: tuple[Tensor, Tensor] | None,
+        zero: float = 0.0,
+    ) -> QuasiDiagonalMetric:
+        """The same for some of the units, with the floors of all of them."""
+        corner = _or(bias_diagonal if floors is None else bias_diagonal + floors[1], zero)
         mean = bias_row / _beside(corner, bias_row)
-        floor = _or(weight_diagonal.mean() * damping, zero if damping else 0.0)
-        spread = (weight_diagonal + floor).addcmul_(mean, bias_row, value=-1)
-        return cls(corner, mean, spread if damping else _or(spread, zero))
+        if floors is None:
+            return cls(corner, mean, _or(torch.addcmul(weight_diagonal, mean, bias_row, value=-1), zero))
+        return cls(corner, mean, (weight_diagonal + floors[0]).addcmul_(mean, bias_row, value=-1))
 
     def apply(self, vector: LayerVector) -> LayerVector:  # noqa: D102
         weight, bias = vector.weight, _bias_of(vector, self)
@@ -351,6 +400,11 @@ class QuasiDiagonalMetric(LayerMetric):
         weight, bias = gradient.weight, _bias_of(gradient, self)
         step = torch.addcmul(weight, self.mean, _beside(bias, weight), value=-1).div_(self.spread)
         return MetricSolution(LayerVector(step, bias / self.corner - _row_sums(self.mean * step)), self)
+
+    def solve_once(self, gradient: LayerVector) -> LayerVector:  # noqa: D102
+        weight, bias = gradient.weight, _bias_of(gradient, self)
+        step = torch.addcmul(weight, self.mean, _beside(bias, weight), value=-1).div_(self.spread)
+        return LayerVector(step, bias / self.corner - _row_sums(self.mean.mul_(step)))
 
     def smallest_pivot(self) -> Tensor:  # noqa: D102
         return _smallest(self.spread, self.corner)
@@ -403,6 +457,13 @@ class WhiteningMetric(LayerMetric):
             inputs = inputs.clamp(max=1.0)
         outputs = _smallest(1 / (beta if isinstance(beta, Tensor) else inputs.new_tensor(beta)))
         return torch.where((inputs > 0) & (outputs > 0), inputs * outputs, torch.minimum(inputs, outputs))
+
+    def of_units(self, which: slice) -> WhiteningMetric:
+        """G of some of the units alone; of all of them, if there are several groups."""
+        if which == slice(None):
+            return self
+        beta = self.output_scale
+        return WhiteningMetric(self.input_mean, self.input_scale, beta[which] if isinstance(beta, Tensor) else beta)
 
     def of_inputs(self, values: Tensor, weight: Tensor) -> Tensor:
         """Values [n] of all inputs, as the weights of the units see them."""

@@ -11,14 +11,15 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from torchgeom_optim.geometry.all_eigenvalues import Eigenvalues, all_eigenvalues, product_in_float64
 from torchgeom_optim.geometry.jacobian import Jacobian
+from torchgeom_optim.geometry.jacobian_gram import carried_to_outputs, coordinates_of_outputs
 from torchgeom_optim.geometry.lanczos import Estimate, SpectralDensity, random_signs, spectral_density, top_eigenpairs
 from torchgeom_optim.geometry.sloppiness import Sloppiness, sloppiness, trace_share
 
 __all__ = ["Normalisation", "Spectrum", "jacobian_density", "jacobian_spectrum"]
 
 Normalisation = Literal["mean", "sum"]
-_ROWS_AT_ONCE = 32
 _EPS = torch.finfo(torch.float64).eps
 
 
@@ -31,11 +32,12 @@ class Spectrum:
             rows and columns of J (N (C - 1) rows for the exact Fisher matrix, whose rows are dependent). Those below
             ``roundoff`` are noise and may be negative.
         residuals: [R]; an eigenvalue of the matrix lies within it of each value. From the products themselves where
-            they were iterated on; for a complete spectrum the same number for all, an estimate of ||G' - G||_F, where
-            G' is the matrix that was decomposed and G is J J' as J's products have it (from two random vectors; the
-            rounding of these products is included).
-        roundoff: eigenvalues at or below it are not told from zero: the largest residual, and R eps of the largest
-            value.
+            they were iterated on; for a complete spectrum an estimate of ||G' - G||_F, where G' is the matrix that was
+            decomposed and G is J J' as J's products have it (from two random vectors; the rounding of these products
+            is included), and what the eigenvalues of G' themselves are off by
+            (:func:`~torchgeom_optim.geometry.all_eigenvalues.all_eigenvalues`).
+        roundoff: eigenvalues at or below it are not told from zero: the largest residual, or R eps of the largest
+            value if that is more.
         trace: of the whole matrix, with its standard error: 0 where it was summed up.
         matrix: what the eigenvalues are of, in words, the Fisher matrix's variant included.
         normalisation: in words.
@@ -45,7 +47,10 @@ class Spectrum:
         complete: whether no nonzero eigenvalue is missing.
         converged: whether the residuals kept within the tolerance asked for; True if complete.
         num_products: columns that the matrix was multiplied with; 0 if complete.
-        dtype: of J's products; eigenvalues are computed in float64 from these.
+        dtype: of J's products.
+        eigenvalue_dtype: what eigenvalues were computed in from these: float64; or, for a complete spectrum of products
+            in float32, float32 for those that do not stand out, where that error is below a tenth of the smallest of
+            them (and 1e-5 of the largest).
     """
 
     eigenvalues: Tensor
@@ -62,6 +67,7 @@ class Spectrum:
     num_products: int
     dtype: torch.dtype
     _vectors: Callable[[int], Tensor] = field(repr=False)
+    eigenvalue_dtype: torch.dtype = torch.float64
 
     @property
     def rank(self) -> int:
@@ -143,9 +149,9 @@ def jacobian_spectrum(
 
         J J' = U S U'   =>   J'J V = V S,   V = J' U S^-1/2
 
-    With ``num_eigenvalues=None`` the smaller matrix is formed and decomposed in float64: all nonzero eigenvalues and
-    the exact trace. With a number, block Lanczos on products J (J'u) gives the largest ones with their residuals, and
-    the trace with a standard error.
+    With ``num_eigenvalues=None`` the smaller matrix is formed and decomposed: all nonzero eigenvalues and the exact
+    trace. With a number, block Lanczos on products J (J'u) gives the largest ones with their residuals, and the trace
+    with a standard error.
 
     Args:
         jacobian: J; its dtype is that of the products.
@@ -175,8 +181,8 @@ def jacobian_spectrum(
     device = jacobian.vectors.device
     generator = generator or torch.Generator().manual_seed(0)
     if num_eigenvalues is None:
-        values, residual, left = _decompose(jacobian, generator)
-        residuals, trace = torch.full_like(values, residual), Estimate(float(values.sum()), 0.0)
+        found, trace, left = _decompose(jacobian, generator)
+        values, residuals, eigenvalue_dtype = found
         complete, converged, num_products = True, True, 0
     else:
         tolerance = max(1e-6, 50 * torch.finfo(jacobian.dtype).eps) if tolerance is None else tolerance
@@ -193,6 +199,7 @@ def jacobian_spectrum(
         )
         values, residuals, trace, left = top.values, top.residuals, top.trace, lambda k: top.vectors[:, :k]
         complete, converged, num_products = len(values) == min(rows, weights), top.converged, top.num_products
+        eigenvalue_dtype = torch.float64
 
     def vectors(num: int) -> Tensor:
         return left(num) if weights < rows else _carried_back(jacobian, left(num), values[:num])
@@ -200,7 +207,7 @@ def jacobian_spectrum(
     return Spectrum(
         eigenvalues=values * scale,
         residuals=residuals * scale,
-        roundoff=scale * (float(residuals.max()) + len(values) * _EPS * float(values[0].abs())),
+        roundoff=scale * max(float(residuals.max()), len(values) * _EPS * float(values[0].abs())),
         trace=Estimate(trace.value * scale, trace.standard_error * scale),
         matrix=f"J'J, J of {jacobian.of}" + ("" if variant is None else f", variant {variant}"),
         normalisation=f"{normalisation} over N = {jacobian.num_samples} samples, sum over C = {jacobian.num_outputs} "
@@ -213,6 +220,7 @@ def jacobian_spectrum(
         num_products=num_products,
         dtype=jacobian.dtype,
         _vectors=vectors,
+        eigenvalue_dtype=eigenvalue_dtype,
     )
 
 
@@ -260,31 +268,42 @@ def _product(jacobian: Jacobian) -> Callable[[Tensor], Tensor]:
     return lambda z: (jacobian @ (jacobian.T @ z)).double()
 
 
-def _decompose(jacobian: Jacobian, generator: torch.Generator) -> tuple[Tensor, float, Callable[[int], Tensor]]:
-    """Eigenvalues of the smaller matrix, their error, and what gives its eigenvectors."""
+def _decompose(jacobian: Jacobian, generator: torch.Generator) -> tuple[Eigenvalues, Estimate, Callable[[int], Tensor]]:
+    """Eigenvalues of the smaller matrix, their errors, its trace, and what gives its eigenvectors."""
     rows, weights = jacobian.shape
     z = random_signs(min(rows, weights), 2, generator, jacobian.vectors.device)
-    # Before the expensive part, in case there is no room for vectors of the size of the weights; one at a time for it.
-    products = torch.cat([_product(jacobian)(z[:, i : i + 1]) for i in range(2)], 1)
-    K = _weight_matrix(jacobian) if weights < rows else jacobian.gram().double()
+    # Before the expensive part, in case there is no room for vectors of the size of the weights; one at a time, unless
+    # that part will take more memory than both together.
+    room = min(jacobian.predicted_bytes("gram"), jacobian._plan.limit)
+    together = all(jacobian.predicted_bytes(way, 2) <= room for way in ("product", "transposed_product"))
+    products = torch.cat([_product(jacobian)(columns) for columns in torch.split(z, 2 if together else 1, 1)], 1)
+    R = None
+    if weights < rows:
+        K, seen = _weight_matrix(jacobian), z
+    else:
+        K, R = jacobian.gram_in_basis()
+        if R.shape[2] < R.shape[1]:  # R K R' has K's eigenvalues if R is orthonormal: here to more than J's precision
+            R = R.double() @ (1.5 * torch.eye(R.shape[2]).to(z) - 0.5 * R.mT.double() @ R.double())
+        seen = coordinates_of_outputs(z, R)
     if not math.isfinite(float(K.sum())):
         raise ValueError(
             "J J' is not finite: every entry must be. Look for nan or overflow in the weights, or compute in float64."
         )
-    residual = math.sqrt(float((K @ z - products).square().sum()) / 2)
-    reflectors = None if weights < rows else _reflectors(jacobian)
-    if reflectors is not None:
-        K = _without_dependent_rows(K, reflectors)
-    values = torch.linalg.eigvalsh(K).flip(0)
+    decomposed = product_in_float64(K, seen)
+    if R is not None:
+        decomposed = carried_to_outputs(decomposed, R)
+    residual = math.sqrt(float((decomposed - products).square().sum()) / 2)
+    values, errors, dtype = all_eigenvalues(K)
+    trace = Estimate(float(K.diagonal().sum(dtype=torch.float64)), 0.0)
     cache: list[Tensor] = []
 
     def left(num: int) -> Tensor:
         if not cache:  # eigenvectors cost several times what eigenvalues do
-            cache.append(torch.linalg.eigh(K)[1].flip(1))
+            cache.append(torch.linalg.eigh(K.double())[1].flip(1))
         U = cache[0][:, :num]
-        return U if reflectors is None else _with_dependent_rows(U, reflectors)
+        return U if R is None else carried_to_outputs(U, R)
 
-    return values, residual, left
+    return Eigenvalues(values, errors + residual, dtype), trace, left
 
 
 def _carried_back(jacobian: Jacobian, left: Tensor, values: Tensor) -> Tensor:
@@ -332,48 +351,3 @@ def _weight_matrix(jacobian: Jacobian) -> Tensor:
     for block in jacobian.rows():
         A += block.double().T @ block.double()
     return A
-
-
-def _reflectors(jacobian: Jacobian) -> Tensor | None:
-    """Unit vectors w [N, C] whose reflections make a sample's first row zero; None where no row depends on others."""
-    # 2 sqrt(p) keeps its length, so f_i'J_i = 0 for each sample; I - 2 w w' takes f_i to the first axis.
-    if jacobian.of != "sqrt_probabilities":
-        return None
-    f = _values(jacobian).double()
-    length = f.norm(dim=1, keepdim=True)
-    if not bool(((length - 2).abs() < 1e-2).all()):  # several positions, which are a distribution each
-        return None
-    w = f / length
-    w[:, 0] += 1  # f >= 0, so nothing cancels
-    unit: Tensor = w / w.norm(dim=1, keepdim=True)
-    return unit
-
-
-def _without_dependent_rows(K: Tensor, w: Tensor) -> Tensor:
-    """K reflected on both sides, without the rows and columns that are zero then: [N (C - 1), N (C - 1)]."""
-    n, outputs = w.shape
-    half = K.view(n, outputs, -1)
-    half = torch.baddbmm(half, w[:, :, None], torch.bmm(w[:, None], half), alpha=-2)[:, 1:].reshape(-1, n, outputs)
-    result = half.new_empty(len(half), n, outputs - 1)
-    for start in range(0, len(half), _ROWS_AT_ONCE):  # few enough to stay in the cache
-        rows = half[start : start + _ROWS_AT_ONCE]
-        along = (rows * w).sum(2, keepdim=True)
-        torch.addcmul(rows[:, :, 1:], along, w[:, 1:], value=-2, out=result[start : start + _ROWS_AT_ONCE])
-    return result.view(len(half), -1)
-
-
-def _with_dependent_rows(U: Tensor, w: Tensor) -> Tensor:
-    """Vectors in the space of all rows: [N (C - 1), k] to [N C, k]."""
-    n, outputs = w.shape
-    full = torch.nn.functional.pad(U.reshape(n, outputs - 1, -1), (0, 0, 1, 0))
-    return (full - 2 * w[:, :, None] * torch.bmm(w[:, None], full)).reshape(n * outputs, -1)
-
-
-def _values(jacobian: Jacobian) -> Tensor:
-    """What J is of, at the present weights: [N, C]."""
-    function = jacobian._f
-    values = []
-    for batch in function.parts(256):
-        with function.private(), torch.no_grad():
-            values.append(function.on(batch)({}, torch.Tensor.detach))
-    return torch.cat(values)

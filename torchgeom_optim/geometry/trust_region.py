@@ -123,7 +123,7 @@ def inverse_lengths(norms_sq: BlockValues, eps: float) -> BlockValues:
     """
     if eps > 0:
         return tuple((norm_sq + eps).rsqrt_() for norm_sq in norms_sq)
-    return tuple(norm_sq.rsqrt().masked_fill_(norm_sq == 0, 0.0) for norm_sq in norms_sq)
+    return tuple(norm_sq.rsqrt().nan_to_num_(math.nan, 0.0, 0.0) for norm_sq in norms_sq)
 
 
 class Eigenpairs(NamedTuple):

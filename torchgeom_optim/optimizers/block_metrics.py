@@ -1,16 +1,16 @@
 """From what a step sees of some parameters to G^-1 on them: running averages, and the metrics made of these.
 
 A state is not touched before every metric of a step is known to be one, so that a step can be refused as a whole: what
-is to be remembered is put aside. Averages of mini-batch gradients alone, which no metric can refuse, are kept in place.
+may be refused is done first, and what is to be remembered is put aside; after that averages are taken in place.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,16 +32,33 @@ from torchgeom_optim.geometry.metric import (
     QuasiDiagonalMetric,
     WhiteningMetric,
 )
-from torchgeom_optim.geometry.moments import Moments, at_least_float32, running_moments
+from torchgeom_optim.geometry.moments import Moments, running_moments
 from torchgeom_optim.geometry.reparametrization import guarded_second_moment, precision
 from torchgeom_optim.geometry.sample_moments import SampleMoments, mean_dual_norm_sq
 from torchgeom_optim.geometry.unit_trust import spread_floor
-from torchgeom_optim.optimizers.distributed import part_like, whole
 from torchgeom_optim.optimizers.layer_factors import CapturedProduct, Pooled, averaged
 from torchgeom_optim.optimizers.layers import AffineLayer
-from torchgeom_optim.optimizers.metric_grid import FROM_GRADIENTS, OF_INPUTS, Metric, without_layer
+from torchgeom_optim.optimizers.metric_grid import OF_INPUTS, Metric, without_layer
+from torchgeom_optim.optimizers.parts import Part
 
-__all__ = ["Part", "Solved", "parts_with_gradients", "shapes_of_statistics", "solved"]
+__all__ = ["Piece", "Solved", "shapes_of_statistics", "solver"]
+
+# So many weights at a time that the handful of tensors made of them stays in the cache.
+_CACHED_NUMBERS = 2**18
+
+
+class Piece(NamedTuple):
+    """Some of the units of a layer.
+
+    Attributes:
+        units: which.
+        gradient: g of their parameters.
+        direction: G^-1 g.
+    """
+
+    units: slice
+    gradient: LayerVector
+    direction: LayerVector
 
 
 @dataclass(frozen=True)
@@ -49,125 +66,46 @@ class Solved:
     """G^-1 of some parameters at this step.
 
     Attributes:
+        gradient: of these parameters.
         solve: g -> G^-1 g; linear.
-        direction: G^-1 of this step's gradient.
-        is_new: whether the direction is in memory of its own.
+        metric_of: G of some of the units alone; None where it couples them.
+        direction: G^-1 of the gradient, where it is known already.
         sample_norms: the average over samples of g_n^T G^-1 g_n in every block; None where it is not known.
     """
 
+    gradient: LayerVector
     solve: Callable[[LayerVector], LayerVector]
-    direction: LayerVector
-    is_new: bool = True
+    metric_of: Callable[[slice], LayerMetric] | None = None
+    direction: LayerVector | None = None
     sample_norms: Callable[[Block], BlockValues] | None = None
 
+    def whole(self) -> Solved:
+        """The same with its direction, to be looked at more than once."""
+        (piece,) = self.pieces(may_split=False)
+        return replace(self, metric_of=None, direction=piece.direction)
 
-@dataclass(eq=False)
-class Part:
-    """Parameters that are stepped together: a layer's weight and bias, or one parameter without a layer.
+    def pieces(self, *, may_split: bool) -> Iterator[Piece]:
+        """The direction, of all units or of a few at a time.
 
-    Attributes:
-        weight: or the one parameter; has a gradient.
-        bias: has a gradient, or None.
-        layer: None for a parameter without one.
-        group: the hyper-parameters.
-        past: state of the weight and of the bias; not modified.
-        new: what is to be written into these.
-    """
+        Args:
+            may_split: whether a few are enough. On the CPU of large layers there are then so many that what is computed
+                for them stays in the cache, and takes next to no memory.
 
-    weight: Tensor
-    bias: Tensor | None
-    layer: AffineLayer | None
-    group: dict[str, Any]
-    past: tuple[dict[str, Any], dict[str, Any]]
-    new: tuple[dict[str, Any], dict[str, Any]] = field(default_factory=lambda: ({}, {}))
-
-    def __post_init__(self) -> None:
-        assert self.weight.grad is not None
-        self.gradient = self.vector(self.weight.grad, None if self.bias is None else self.bias.grad)
-
-    @property
-    def parameters(self) -> list[tuple[Tensor, dict[str, Any], dict[str, Any]]]:
-        """Weight, and bias if there is one, each with its past and its new state."""
-        both = zip((self.weight, self.bias), self.past, self.new, strict=True)
-        return [(p, past, new) for p, past, new in both if p is not None]
-
-    @property
-    def is_transposed(self) -> bool:
-        """Whether units are the columns of the weight."""
-        return self.layer is not None and self.layer.is_embedding
-
-    def vector(self, weight: Tensor, bias: Tensor | None) -> LayerVector:
-        """Tensors shaped like the parameters, in the form that the metrics take."""
-        weight, bias = whole(weight), None if bias is None else whole(bias)
-        weight = torch.view_as_real(weight) if weight.is_complex() else weight
-        weight = at_least_float32(weight.t() if self.is_transposed else weight)
-        weight = weight.reshape(1) if weight.dim() == 0 else weight
-        return LayerVector(weight, None if bias is None else at_least_float32(bias))
-
-    def write(self, vector: LayerVector, into: dict[int, Tensor]) -> None:
-        """The reverse, by the ids of the parameters; of sharded ones this process's part."""
-        weight = vector.weight.t() if self.is_transposed else vector.weight
-        if self.weight.is_complex():
-            weight = torch.view_as_complex(weight.contiguous())
-        weight = weight.reshape(self.weight.shape).to(self.weight.dtype)
-        into[id(self.weight)] = part_like(weight, self.weight)
-        if self.bias is not None and vector.bias is not None:
-            into[id(self.bias)] = part_like(vector.bias.to(self.bias.dtype), self.bias)
-
-    def average(self, which: int, key: str, now: Tensor) -> Tensor:
-        """Take a value into a running average in the state of the weight (0) or the bias (1)."""
-        past = self.past[which].get(key)
-        if past is not None:
-            now = torch.lerp(past.to(now.dtype), now, 1 - self.group["decay"])
-        self.new[which][key] = now
-        return now
-
-    def average_product(self, which: int, key: str, x: Tensor, y: Tensor, decay: float, start: float = 1.0) -> Tensor:
-        """The same of x * y, of large tensors in as few passes as possible; in place if the metric allows it."""
-        past = self.past[which].get(key)
-        if past is None:
-            now = x * y if start == 1 else (x * y).mul_(start)
-        elif self.group["rule"] in FROM_GRADIENTS and past.dtype == x.dtype:
-            now = past.mul_(decay).addcmul_(x, y, value=1 - decay)
-        else:
-            now = (past.to(x.dtype) * decay).addcmul_(x, y, value=1 - decay)
-        self.new[which][key] = now
-        return now
+        Yields:
+            Until all units have been there: which ones, their gradients g, and G^-1 g; g itself if G = 1.
+        """
+        g, numbers = self.gradient, self.gradient.weight.numel()
+        if self.metric_of is None or not may_split or numbers <= _CACHED_NUMBERS or g.weight.device.type != "cpu":
+            yield Piece(slice(None), g, self.solve(g) if self.direction is None else self.direction)
+            return
+        step = max(len(g.weight) * _CACHED_NUMBERS // numbers, 1)
+        for start in range(0, len(g.weight), step):
+            units = slice(start, start + step)
+            some = g.units(units)
+            yield Piece(units, some, self.metric_of(units).solve_once(some))
 
 
-def parts_with_gradients(
-    layers: Iterable[AffineLayer],
-    group_of: Mapping[AffineLayer, dict[str, Any]],
-    groups: Iterable[dict[str, Any]],
-    state: Mapping[Tensor, dict[str, Any]],
-) -> list[Part]:
-    """Everything that has a gradient and is not left to SGD.
-
-    Args:
-        layers: a weight and its bias are stepped together.
-        group_of: the hyper-parameters of each.
-        groups: of parameters.
-        state: of parameters; not modified.
-
-    Returns:
-        Layers first, then parameters without one.
-    """
-    parts, taken = list[Part](), set[int]()
-    for layer in layers:
-        if layer.weight.grad is None or layer.weight.grad.is_sparse:
-            continue
-        bias = layer.bias if layer.is_centred else None
-        past = state.get(layer.weight, {}), {} if bias is None else state.get(bias, {})
-        parts.append(Part(layer.weight, bias, layer, group_of[layer], past))
-        taken |= {id(p) for p in (layer.weight, bias) if p is not None}
-    for group in groups:
-        for p in group["params"] if group["rule"] != "sgd" else ():
-            if id(p) not in taken and p.grad is not None and not p.grad.is_sparse:
-                parts.append(Part(p, None, None, group, (state.get(p, {}), {})))
-    return parts
-
-
-def solved(
+def solver(
     part: Part,
     metric: Metric,
     factors: Pooled,
@@ -175,8 +113,8 @@ def solved(
     invert: bool = False,
     product: CapturedProduct | None = None,
     with_samples: bool = False,
-) -> Solved:
-    """Solve G u = g, with this step's batch in G.
+) -> Callable[[], Solved]:
+    """How G u = g is solved, with this step's batch in G.
 
     Args:
         part: its ``new`` state is added to.
@@ -188,7 +126,7 @@ def solved(
         with_samples: whether the samples' norms are wanted.
 
     Returns:
-        The direction, and the map.
+        To be called once the step is certain to be taken: it refuses nothing, and takes averages in place.
 
     Raises:
         RuntimeError: the layer's inputs are not known.
@@ -201,15 +139,29 @@ def solved(
     if metric == "exact":
         return _exact(part, factors, invert, with_samples)
     moments = _sample_moments(part, factors) if with_samples or metric.startswith("fisher") else None
-    if metric == "identity":
-        found: LayerMetric = IdentityMetric()
-    elif metric in OF_INPUTS:
-        assert part.layer is not None
-        found = _whitening(part, part.layer, scale_free=metric == "scale_free_whitening")
-    else:
-        found = _diagonal(part, metric, moments)
-    norms = None if moments is None or not with_samples else partial(mean_dual_norm_sq, found, moments)
-    return Solved(lambda g: found.solve(g).vector, found.solve(part.gradient).vector, metric != "identity", norms)
+    whitening = _whitening(part, scale_free=metric == "scale_free_whitening") if metric in OF_INPUTS else None
+
+    def complete() -> Solved:
+        if metric == "identity":
+            metric_of: Callable[[slice], LayerMetric] = _identity
+        else:
+            metric_of = _diagonal(part, metric, moments) if whitening is None else whitening.of_units
+        norms = None
+        if moments is not None and with_samples:
+            norms = partial(mean_dual_norm_sq, metric_of(slice(None)), moments)
+        splits = whitening is None or whitening.groups == 1
+        return Solved(
+            part.gradient,
+            lambda g: metric_of(slice(None)).solve_once(g),
+            metric_of if splits else None,
+            sample_norms=norms,
+        )
+
+    return complete
+
+
+def _identity(units: slice) -> IdentityMetric:
+    return IdentityMetric()
 
 
 def _sample_moments(part: Part, factors: Pooled) -> SampleMoments:
@@ -228,7 +180,7 @@ def _sample_moments(part: Part, factors: Pooled) -> SampleMoments:
     return SampleMoments(weight) if part.bias is None else SampleMoments(weight, row, bias)
 
 
-def _diagonal(part: Part, metric: str, moments: SampleMoments | None) -> LayerMetric:
+def _diagonal(part: Part, metric: str, moments: SampleMoments | None) -> Callable[[slice], LayerMetric]:
     weight, bias = part.gradient
     damping, decay = part.group["damping"], part.group["decay"]
     row: Tensor | None = None
@@ -243,17 +195,29 @@ def _diagonal(part: Part, metric: str, moments: SampleMoments | None) -> LayerMe
             row = part.average_product(0, "bias_row", weight, beside, decay)
     # A metric that is zero to rounding: the gradient is too, and there is no step in the place of 0 / 0.
     if not metric.endswith("quasi_diagonal") or bias_sq is None or row is None:
-        return DiagonalMetric.damped(LayerVector(weight_sq, bias_sq), damping, math.inf)
-    return QuasiDiagonalMetric.damped(weight_sq, row, bias_sq, damping, math.inf)
+        squares = LayerVector(weight_sq, bias_sq)
+        floor = DiagonalMetric.floor(squares, damping, math.inf)
+        return lambda units: DiagonalMetric.raised(squares.units(units), floor, math.inf)
+    known, of_biases = LayerVector(weight_sq, bias_sq), row
+    floors = QuasiDiagonalMetric.floors(weight_sq, bias_sq, damping, math.inf)
+
+    def metric_of(units: slice) -> LayerMetric:
+        some = known.units(units)
+        assert some.bias is not None
+        return QuasiDiagonalMetric.raised(some.weight, of_biases[units], some.bias, floors, math.inf)
+
+    return metric_of
 
 
 def _or_one(damping: Tensor, factor: Tensor) -> Tensor:
-    """Damping; where a factor is zero throughout, 1 in the place of a share of nothing."""
-    return torch.where((factor == 0).flatten(1).all(1), 1.0, damping)
+    """Damping; where a factor is zero throughout, and so its diagonal, 1 in the place of a share of nothing."""
+    on_diagonal = torch.diagonal(factor, dim1=-2, dim2=-1) if factor.dim() > 2 else factor
+    return torch.where((on_diagonal == 0).all(-1), 1.0, damping)
 
 
-def _whitening(part: Part, layer: AffineLayer, *, scale_free: bool) -> WhiteningMetric:
-    state, past = part.past[0], None
+def _whitening(part: Part, *, scale_free: bool) -> WhiteningMetric:
+    layer, state, past = part.layer, part.past[0], None
+    assert layer is not None
     if "input_mean" in state:
         past = Moments(0, state["input_mean"], state["input_variance"])
     batch = layer.batch_moments() if layer.calls else past
@@ -289,7 +253,7 @@ def _averages(part: Part, factors: Pooled, keys: tuple[str, ...]) -> list[Tensor
 
 def _kronecker(
     part: Part, factors: Pooled, invert: bool, product: CapturedProduct | None, with_samples: bool
-) -> Solved:
+) -> Callable[[], Solved]:
     a, b = _averages(part, factors, ("input_factor", "output_factor"))
     if part.layer is not None and part.layer.bias is not None and part.bias is None:
         a = a[:, :-1, :-1]  # the bias is frozen for now: G's part for the weight alone
@@ -304,11 +268,15 @@ def _kronecker(
             part.new[0]["dimension"] = metric.effective_dimension(a, b)
     dimension: Tensor | None = part.new[0].get("dimension", part.past[0].get("dimension"))
     norms = None if dimension is None or not with_samples else partial(_in_blocks, dimension)
-    if product is not None and product.is_cheaper(left, right):
-        direction = product.between(left[0], right[0], part.gradient)
-    else:
-        direction = kronecker_product(left, part.gradient, right)
-    return Solved(lambda g: kronecker_product(left, g, right), direction, True, norms)
+
+    def complete() -> Solved:
+        direction = None
+        if product is not None and product.is_cheaper(left, right):
+            direction = product.between(left[0], right[0], part.gradient)
+        solve = lambda g: kronecker_product(left, g, right)  # noqa: E731
+        return Solved(part.gradient, solve, direction=direction, sample_norms=norms)
+
+    return complete
 
 
 def _in_blocks(dimension: Tensor, block: Block) -> BlockValues:
@@ -316,7 +284,7 @@ def _in_blocks(dimension: Tensor, block: Block) -> BlockValues:
     return (dimension if block == "unit" else dimension.sum(),)
 
 
-def _exact(part: Part, factors: Pooled, invert: bool, with_samples: bool) -> Solved:
+def _exact(part: Part, factors: Pooled, invert: bool, with_samples: bool) -> Callable[[], Solved]:
     (fisher,) = _averages(part, factors, ("fisher",))
     if part.layer is not None and part.layer.bias is not None and part.bias is None:
         num_weights = part.gradient.weight[0].numel()
@@ -334,7 +302,7 @@ def _exact(part: Part, factors: Pooled, invert: bool, with_samples: bool) -> Sol
     known = cholesky
     dimension: Tensor | None = part.new[0].get("dimension", part.past[0].get("dimension"))
     norms = None if dimension is None or not with_samples else partial(_in_blocks, dimension)
-    return Solved(lambda g: cholesky_product(known, g), cholesky_product(known, part.gradient), True, norms)
+    return lambda: Solved(part.gradient, lambda g: cholesky_product(known, g), sample_norms=norms)
 
 
 def shapes_of_statistics(p: Tensor, layer: AffineLayer | None, metric: str, block: str) -> dict[str, tuple[int, ...]]:

@@ -165,7 +165,7 @@ class FactorCall(LayerCall):
         self._passes = passes
         self._input_factor: Tensor | Rows | None = None
         self._output_shape = y.shape
-        self._is_users = x.grad_fn is None
+        self._may_change = x.grad_fn is None or (x._base is not None and x._base.grad_fn is None)
         self._keeps_rows = kind.startswith("kronecker") and _may_keep_rows(layer, self._num_applications)
         if self._keeps_rows and len(layer.modules) == 1 and (node := _product_node(y)) is not None:
             node.register_hook(self._on_product)
@@ -184,7 +184,7 @@ class FactorCall(LayerCall):
             rows = input_rows(layer, x, self._output_shape)
             if not self._keeps_rows:
                 self._input_factor = rows.second_moment()
-            elif self._is_users and layer.bias is None:  # who may write the next batch into it before the step
+            elif self._may_change and layer.bias is None:  # the user's, before the step, or another weight, in it
                 self._input_factor = rows._replace(values=rows.values.clone())
             else:
                 self._input_factor = rows

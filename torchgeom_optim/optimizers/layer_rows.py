@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -31,9 +32,10 @@ from torchgeom_optim.optimizers.layers import AffineLayer
 
 __all__ = ["Rows", "fisher", "input_rows", "moments", "output_rows", "token_frequencies"]
 
-# Of convolutions not many more positions than these are looked at, as those of one sample are correlated.
-_ENOUGH_POSITIONS = 512  # of one batch: averages run over many
-_POSITIONS_PER_ENTRY = 4  # of a patch, or of the outputs at a position
+# Of convolutions not many more positions than these are looked at, as those of one sample are correlated. (K-FAC on
+# lenet, five seeds, 100 steps: losses with half and with twice as many differ by less than those of two seeds.)
+_ENOUGH_POSITIONS = 256  # of one batch: averages run over many
+_POSITIONS_PER_ENTRY = 2  # of a patch, or of the outputs at a position
 
 
 class Rows(NamedTuple):
@@ -71,8 +73,11 @@ def input_rows(layer: AffineLayer, x: Tensor, output_shape: Sequence[int]) -> Ro
     if not layer.spatial_axes:
         rows = at_least_float32(x.reshape(1, -1, x.shape[-1]))
         return Rows(F.pad(rows, (0, 1), value=1.0) if has_bias else rows, 1.0 / max(rows.shape[1], 1))
-    no_grads = torch.empty((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-    factor = _factor(layer, x, no_grads.expand(output_shape))
+    x = at_least_float32(x if x.dim() == layer.spatial_axes + 2 else x[None])
+    no_grads = x.new_empty(()).expand(len(x), 1, *output_shape[layer.channel_axis :])
+    rule = rule_for(layer.modules[0])
+    assert rule is not None  # every layer that has a rule here has one there
+    factor = rule.factors(layer.modules[0], x, no_grads, ("weight",))["weight"]
     assert isinstance(factor, ConvolutionFactor)
     rows = _patches(factor, with_one=has_bias)
     return Rows(rows, factor.num_positions / max(rows.shape[1], 1))
@@ -152,24 +157,35 @@ def _every(k: int, size: int) -> slice:
 
 
 def _patches(factor: ConvolutionFactor, *, with_one: bool) -> Tensor:
-    """Patches at enough positions, in the weight's order, [groups, n, channels * kernel (+ 1)]; one copy."""
-    axes, x = len(factor.kernel_size), factor.inputs
-    sizes = factor.output_grads.shape[3:]
+    """Patches at enough positions, in the weight's order, [groups, n, channels * kernel (+ 1)]."""
+    x, sizes = factor.inputs, factor.output_grads.shape[3:]
     k = _stride(factor.num_samples, sizes, factor.unit_numel)
-    seen = [range(size)[_every(k, size)] for size in sizes]
     if any(factor.padding):
         x = F.pad(x, [pad for p in reversed(factor.padding) for pad in (p, p)])
-    x = x.reshape(factor.num_samples, factor.groups, -1, *x.shape[2:])
-    between = [s * step for s, step in zip(factor.stride, x.stride()[3:], strict=True)]
-    within = [d * step for d, step in zip(factor.dilation, x.stride()[3:], strict=True)]
-    patches = x.as_strided(
-        (x.shape[1], x.shape[0], *(len(places) for places in seen), x.shape[2], *factor.kernel_size),
-        (x.stride(1), x.stride(0), *(step * k for step in between), x.stride(2), *within),
-        x.storage_offset() + sum(places[0] * step for places, step in zip(seen, between, strict=True)),
-    )
-    q = factor.unit_numel
-    rows = x.new_empty(*patches.shape[: 2 + axes], q + with_one)
-    rows[..., :q].view(patches.shape).copy_(patches)
+    shape = x.shape[1] // factor.groups, *x.shape[2:]
+    seen = tuple(range(0, size * s, s)[_every(k, size)] for size, s in zip(sizes, factor.stride, strict=True))
+    pixels = _pixels(tuple(shape), seen, factor.kernel_size, factor.dilation, with_one, x.device)
+    rows = x.reshape(factor.num_samples * factor.groups, -1).index_select(1, pixels)
+    rows = rows.view(factor.num_samples, factor.groups, -1, factor.unit_numel + with_one)
     if with_one:
-        rows[..., q] = 1.0
-    return rows.flatten(1, 1 + axes)
+        rows[..., -1] = 1.0
+    return rows.transpose(0, 1).flatten(1, 2)
+
+
+@lru_cache(maxsize=64)  # making them takes as long as using them
+def _pixels(
+    shape: tuple[int, ...],
+    seen: tuple[range, ...],
+    kernel_size: tuple[int, ...],
+    dilation: tuple[int, ...],
+    with_one: bool,
+    device: torch.device,
+) -> Tensor:
+    """Where the entries of the patches stand in an image [channels, *spatial]: position by position."""
+    numbers = torch.arange(math.prod(shape), dtype=torch.int32).view(shape)
+    positions: tuple[Any, ...] = 0, *(slice(r.start, r.stop, r.step) for r in seen)
+    entries: tuple[Any, ...] = (
+        slice(None), *(slice(0, (n - 1) * d + 1, d) for n, d in zip(kernel_size, dilation, strict=True))
+    )  # fmt: skip
+    pixels = numbers[positions].reshape(-1, 1) + numbers[entries].reshape(1, -1)
+    return (F.pad(pixels, (0, 1)) if with_one else pixels).reshape(-1).to(device)

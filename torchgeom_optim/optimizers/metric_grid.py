@@ -15,8 +15,6 @@ __all__ = [
     "WITH_MATRICES",
     "Metric",
     "check_combination",
-    "default_damping",
-    "default_lr",
     "kind_of_factors",
     "without_layer",
 ]
@@ -50,67 +48,6 @@ FROM_GRADIENTS = ("identity", "diagonal", "quasi_diagonal")  # need nothing but 
 OF_INPUTS = ("whitening", "scale_free_whitening")  # made of their mean and variance
 WITH_MATRICES = ("kronecker", "kronecker_diagonal", "exact")  # which are inverted now and then, and may refuse to be
 OF_SAMPLES = ("fisher_diagonal", "fisher_quasi_diagonal", *WITH_MATRICES)  # means over the samples' gradients
-
-# Lengths of a step with which no loss of mlp2, lenet and char_gpt after 100 steps, decaying to 0, was far from that of
-# the network's own best (benchmarks/does_the_natural_gradient_lower_the_loss.py): the half-decade whose worst ratio to
-# it is least, or the next lower one where that is close to divergence.
-_RATES: dict[tuple[str, str], float] = {
-    ("identity", "weight"): 0.001,
-    ("identity", "layer"): 1.0,
-    ("identity", "network"): 1.0,
-    ("diagonal", "layer"): 0.001,
-    ("fisher_diagonal", "layer"): 0.003,
-    ("quasi_diagonal", "unit"): 0.0003,
-    ("fisher_quasi_diagonal", "unit"): 0.003,
-    ("whitening", "unit"): 0.03,
-    ("whitening", "layer"): 0.1,
-    ("scale_free_whitening", "unit"): 0.01,
-    ("kronecker", "layer"): 0.03,
-    ("kronecker", "network"): 0.03,
-    ("kronecker_diagonal", "unit"): 0.003,
-}
-# Likewise: with 0.01 matrices diverge on lenet, and metrics of mini-batch gradients are unstable.
-_DAMPING = {**dict.fromkeys((*WITH_MATRICES, "quasi_diagonal", "fisher_quasi_diagonal"), 1.0), "diagonal": 0.1}
-
-
-def default_lr(metric: str, block: str, expectation: str) -> float:
-    """A length of the step that suited three networks.
-
-    Args:
-        metric: one of the names above.
-        block: a block, or "network".
-        expectation: "average", with which they were measured; others have another scale.
-
-    Returns:
-        The length.
-
-    Raises:
-        ValueError: none was measured.
-    """
-    if expectation != "average":
-        raise ValueError(
-            f"lr=None with expectation={expectation!r}: need a number, as rates were measured with 'average', whose "
-            "steps have another scale; try lr=3 with 'fan_in', or half-decades from 0.03 on with 'per_sample'."
-        )
-    if (metric, block) not in _RATES:
-        others = ", ".join(f"{lr:g} for {other!r}" for (name, other), lr in _RATES.items() if name == metric)
-        raise ValueError(
-            f"lr=None with metric={metric!r}, block={block!r}: need a number, as none was measured for these; "
-            f"{f'measured are {others}' if others else 'try 0.003'}."
-        )
-    return _RATES[metric, block]
-
-
-def default_damping(metric: str) -> float:
-    """The share of a metric's own mean that is added to it.
-
-    Args:
-        metric: one of the names above.
-
-    Returns:
-        The share.
-    """
-    return _DAMPING.get(metric, 0.01)
 
 
 def kind_of_factors(metric: str, expectation: str) -> FactorKind | None:

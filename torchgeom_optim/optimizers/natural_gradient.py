@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from torchgeom_optim.geometry.capture import activations_are_not_kept
-from torchgeom_optim.geometry.metric import BLOCKS, Block, BlockValues, LayerVector, scale_blocks
-from torchgeom_optim.geometry.trust_region import inverse_lengths, network_sum
-from torchgeom_optim.optimizers.block_metrics import Part, Solved, parts_with_gradients, shapes_of_statistics, solved
-from torchgeom_optim.optimizers.hyperparameters import check_choice, check_interval, check_range, check_sgd_settings
+from torchgeom_optim.geometry.metric import Block, LayerVector
+from torchgeom_optim.geometry.trust_region import network_sum
+from torchgeom_optim.optimizers.block_metrics import Solved, shapes_of_statistics, solver
+from torchgeom_optim.optimizers.block_steps import note_direction, shrink, step_in_place
 from torchgeom_optim.optimizers.layer_factors import (
     FactorCall,
     FactorKind,
@@ -26,22 +25,22 @@ from torchgeom_optim.optimizers.layer_factors import (
 from torchgeom_optim.optimizers.layers import AffineLayer, SeenCall
 from torchgeom_optim.optimizers.layerwise import LayerwiseOptimizer
 from torchgeom_optim.optimizers.metric_grid import (
-    FINEST_BLOCK,
     FROM_GRADIENTS,
     OF_INPUTS,
     WITH_MATRICES,
     Metric,
     check_combination,
-    default_damping,
-    default_lr,
     kind_of_factors,
     without_layer,
 )
 from torchgeom_optim.optimizers.named_members import NamedMembers
+from torchgeom_optim.optimizers.natural_settings import Interval, check_group, check_once, default_damping, default_lr
+from torchgeom_optim.optimizers.parts import Part, parts_with_gradients
 from torchgeom_optim.optimizers.pooled_calls import Quantity
 from torchgeom_optim.optimizers.report import RuleReport
 from torchgeom_optim.optimizers.step_lengths import (
     Expectation,
+    Norms,
     average_of_steps,
     bound_by_samples,
     unit_sizes,
@@ -50,9 +49,7 @@ from torchgeom_optim.optimizers.step_lengths import (
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["BlockNaturalGradient", "Interval"]
-
-Interval = int | Callable[[int], int]
+__all__ = ["BlockNaturalGradient"]
 
 
 class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
@@ -158,7 +155,7 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
         loss_reduction: "mean" or "sum": how the loss treats samples; used by metrics made of samples' gradients.
         loss_scale: a number, or a function such as ``scaler.get_scale``, by which the loss was multiplied; same use.
         maximize: ascend.
-        foreach: as in SGD.
+        foreach: as in SGD; steps without momentum are taken in place, a layer at a time.
         process_group: the processes that train the model together; None takes those of DistributedDataParallel or
             ``fully_shard`` if the model is in one, else the default group.
         error_if_nonfinite: whether a step refuses gradients that are NaN or infinite, which waits for the device; None
@@ -174,6 +171,7 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
         FloatingPointError: at :meth:`step`: gradients that are not finite; nothing was changed.
 
     Example:
+        >>> import torch
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
         >>> optimizer = BlockNaturalGradient(model, lr=0.05, metric="kronecker", block="layer")
         >>> model(torch.randn(8, 4)).square().mean().backward()
@@ -240,27 +238,21 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
         process_group: ProcessGroup | None = None,
         error_if_nonfinite: bool | None = None,
     ) -> None:
-        once = {
-            "metric": metric,
-            "block": block,
-            "norm_start": norm_start,
-            "expectation": expectation,
-            "loss_reduction": loss_reduction,
-        }
-        check_choice(once, "metric", tuple(FINEST_BLOCK), "for all groups")
-        check_choice(once, "block", (*BLOCKS, "network"), "for all groups")
-        check_choice(once, "norm_start", ("first", "zero"), "for all groups")
-        check_choice(once, "expectation", ("average", "per_sample", "fan_in"), "for all groups")
-        check_choice(once, "loss_reduction", ("mean", "sum"), "as the loss treats samples")
+        check_once(
+            {
+                "metric": metric,
+                "block": block,
+                "norm_start": norm_start,
+                "expectation": expectation,
+                "factor_interval": factor_interval,
+                "inverse_interval": inverse_interval,
+                "loss_reduction": loss_reduction,
+                "loss_scale": loss_scale,
+            }
+        )
         if metric == "kronecker" and block == "unit":
             metric = "kronecker_diagonal"
         check_combination(metric, block, expectation)
-        check_interval(factor_interval, "factor_interval")
-        check_interval(inverse_interval, "inverse_interval")
-        if not callable(loss_scale) and not 0.0 < float(loss_scale) < math.inf:
-            raise ValueError(
-                f"loss_scale={loss_scale}: must be in (0, inf). Try scaler.get_scale, or 1 without a scaler."
-            )
         norm_decay = (0.0 if metric in WITH_MATRICES else 0.95) if norm_decay == "auto" else norm_decay
         damping = default_damping(metric) if damping == "auto" else damping
         lr = default_lr(metric, block, expectation) if lr is None else lr
@@ -288,18 +280,7 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
     # -- what LayerwiseOptimizer asks for --------------------------------------------------------------------------
 
     def _check_group(self, group: Mapping[str, Any], where: str) -> None:
-        check_range(group, "lr", where, hint="0.03 is a common start.")
-        check_sgd_settings(group, where)
-        check_range(group, "eps", where, hint="0 gives steps of exactly the wanted length.")
-        check_range(group, "norm_decay", where, high=1.0, hint="0.95 averages over about 20 steps, 0 over one.")
-        check_range(group, "decay", where, high=1.0, hint="0.95 averages over about 20 steps.")
-        check_range(group, "damping", where, hint="1 for matrices and quasi-diagonals, 0.01 for others is a start.")
-        check_choice(group, "rule", (self.metric, "sgd"), where)
-        if self.metric == "quasi_diagonal" and group["damping"] == 0:
-            raise ValueError(
-                f"damping=0 ({where}): the quasi-diagonal metric of one batch is singular; need damping > 0. "
-                "1 is the default."
-            )
+        check_group(group, where, self.metric)
 
     def _wants(self, rule: str) -> tuple[bool, bool]:
         return rule in OF_INPUTS, False
@@ -376,30 +357,59 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
         kind: Block = "layer" if self.block == "network" else self.block
         parts = parts_with_gradients(layers, self._group_of, self.param_groups, self.state)
         momenta = [self._foreign_momentum(part) for part in parts]  # sharded ones come together while all is as it was
-        found = [self._solved(part) for part in parts]  # may raise; nothing has changed so far
-        norms = [self._norms(part, solution, kind) for part, solution in zip(parts, found, strict=True)]
-        if self.block == "network" and norms:
-            norms = [network_sum(norms)] * len(parts)
+        solvers = [self._solver(part) for part in parts]  # may raise; nothing has changed so far
         directions: dict[int, Tensor] = {}
-        for part, solution, values, momentum in zip(parts, found, norms, momenta, strict=True):
-            factors = inverse_lengths(values, part.group["eps"] if self._expectation != "fan_in" else 0.0)
-            part.write(scale_blocks(solution.direction, factors, kind, in_place=solution.is_new), directions)
-            for p, _, new in part.parameters:
-                self.state[p].update(new)
-            if momentum is not None:
-                buffers: dict[int, Tensor] = {}
-                part.write(scale_blocks(solution.solve(momentum), factors, kind), buffers)
-                for p, _, _ in part.parameters:
-                    self.state[p].pop("gradient_momentum", None)
-                    self.state[p]["momentum_buffer"] = buffers[id(p)]
+        self._moved = set[int]()
+        if self.block != "network":
+            for part, complete, momentum in zip(parts, solvers, momenta, strict=True):
+                solution = complete()
+                self._step_part(part, solution, self._norms(part, solution, kind), kind, directions, momentum)
+        elif parts:
+            found = [complete().whole() for complete in solvers]
+            norms = [self._norms(part, solution, kind) for part, solution in zip(parts, found, strict=True)]
+            pieces = [next(solution.pieces(may_split=False)) for solution in found]
+            total = network_sum([values(piece) for values, piece in zip(norms, pieces, strict=True)])
+            for part, solution, momentum in zip(parts, found, momenta, strict=True):
+                self._step_part(part, solution, lambda _: total, kind, directions, momentum)
         if self._has_foreign_momentum:  # of what sat this step out
             self._has_foreign_momentum = any("gradient_momentum" in values for values in self.state.values())
         return directions
 
-    def _solved(self, part: Part) -> Solved:
+    def _step_part(
+        self,
+        part: Part,
+        solution: Solved,
+        norms: Norms,
+        kind: Block,
+        directions: dict[int, Tensor],
+        momentum: LayerVector | None,
+    ) -> None:
+        """Move the parameters; or, where there is more to do than that, note the direction that SGD is to take."""
+        parameters = [p for p, _, _ in part.parameters]
+        groups = [self._group_of_parameter[p] for p in parameters]
+        eps = part.group["eps"] if self._expectation != "fan_in" else 0.0
+        if momentum is None and step_in_place(part, solution, norms, kind, eps, groups):
+            self._moved.update(map(id, parameters))
+        else:
+            buffers = note_direction(part, solution, norms, kind, eps, directions, momentum)
+            for p in parameters if buffers else ():
+                self.state[p].pop("gradient_momentum", None)
+                self.state[p]["momentum_buffer"] = buffers[id(p)]
+        for p, _, new in part.parameters:
+            self.state[p].update(new)
+
+    def _foreign_momentum(self, part: Part) -> LayerVector | None:
+        """Momentum of a run with torch.optim.SGD, which averages gradients: to be put into our coordinates."""
+        known = [past.get("gradient_momentum") for _, past, _ in part.parameters]
+        if all(momentum is None for momentum in known):
+            return None
+        filled = [torch.zeros_like(p) if m is None else m for (p, _, _), m in zip(part.parameters, known, strict=True)]
+        return part.vector(filled[0], None if part.bias is None else filled[1])
+
+    def _solver(self, part: Part) -> Callable[[], Solved]:
         layer = part.layer
         if layer is None or self._kind is None:
-            return solved(part, self.metric, ())
+            return solver(part, self.metric, ())
         scale = self._loss_scale() if callable(self._loss_scale) else self._loss_scale
         factors = pooled_factors(layer.calls, mean_reduction=self._loss_reduction == "mean", loss_scale=scale)
         invert = self.metric in WITH_MATRICES and self._is_due(layer, self._inverse_interval)
@@ -410,31 +420,24 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
             part.new[0]["is_edited"], product = True, None
         part.new[0]["step"] = part.past[0].get("step", 0) + 1
         with_samples = self._expectation == "per_sample"
-        return solved(part, self.metric, factors, invert=invert, product=product, with_samples=with_samples)
+        return solver(part, self.metric, factors, invert=invert, product=product, with_samples=with_samples)
 
-    def _norms(self, part: Part, solution: Solved, kind: Block) -> BlockValues:
+    def _norms(self, part: Part, solution: Solved, kind: Block) -> Norms:
         """E of every block."""
         if self._expectation == "fan_in":
             return unit_sizes(part)
         if solution.sample_norms is not None:
-            return bound_by_samples(part, solution, kind)
-        return average_of_steps(part, solution, kind, from_zero=self._norm_start == "zero")
-
-    def _foreign_momentum(self, part: Part) -> LayerVector | None:
-        """Momentum of a run with torch.optim.SGD, which averages gradients: to be put into our coordinates."""
-        known = [past.get("gradient_momentum") for _, past, _ in part.parameters]
-        if all(momentum is None for momentum in known):
-            return None
-        filled = [torch.zeros_like(p) if m is None else m for (p, _, _), m in zip(part.parameters, known, strict=True)]
-        return part.vector(filled[0], None if part.bias is None else filled[1])
+            return bound_by_samples(solution.sample_norms, kind)
+        return average_of_steps(part, kind, from_zero=self._norm_start == "zero")
 
     def _descend(self, group: dict[str, Any], directions: Mapping[int, Tensor]) -> None:
+        params = [p for p in group["params"] if p.grad is not None and id(p) not in self._moved]
         if group["rule"] != "sgd" and group["weight_decay"] != 0:
-            for p in group["params"]:
-                if p.grad is not None:
-                    p.sub_(p * (group["lr"] * group["weight_decay"]))
+            for p in params:
+                shrink(p, group)
             group = {**group, "weight_decay": 0.0}
-        super()._descend(group, directions)
+        if params:
+            super()._descend({**group, "params": params}, directions)
 
     # -- saving and reporting --------------------------------------------------------------------------------------
 
