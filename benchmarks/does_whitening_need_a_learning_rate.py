@@ -11,13 +11,13 @@ Which form of Eq. (11) should be the default? It gives unit j the direction d_j 
 
     whitening       1 / sqrt(E[g_j.d_j])                    the equation on the metric of §2
     scale-free      sigma_j^2 / sqrt(E[sigma_j^2 g_j.d_j])  the same, outputs in units of their spread sigma_j
-    WhiteningSGD    sigma_j / (L sqrt(max(r_j^2, E[r_j^2])))
+    WhiteningSGD    sigma_j^2 / (L sqrt(max(t_j^2, E[t_j^2]))),  t_j = sigma_j r_j
 
-WhiteningSGD's default rule *is* a scale-free Eq. (11): r_j^2, how far d_j moves y_j, is g_j.d_j where inputs are
-uncorrelated, but measured; the present one beside its average is a cap; L layers in a row share the step; norms and
-bare parameters, which the first two step by a Euclidean length, move by a share of their own size. The first two are
-``BlockNaturalGradient(model, lr, metric, "unit")``, whose lr is the length of a unit's step, tuned as the others', and
-once more with one lr for all networks ("untuned", UNTUNED below).
+WhiteningSGD's default rule *is* the scale-free Eq. (11): r_j^2, how far d_j moves y_j, is g_j.d_j where inputs are
+uncorrelated, but measured; the present slope beside its average is a cap; L shares the step among moves that add up;
+norms and bare parameters, which the first two step by a Euclidean length, move by a share of their own size. The first
+two are ``BlockNaturalGradient(model, lr, metric, "unit")``, whose lr is the length of a unit's step, tuned as the
+others', and once more with one lr for all networks ("untuned", UNTUNED below).
 
 Part two multiplies the incoming weights of every hidden ReLU unit by 10^U(-1, 1) in the middle of training and divides
 its outgoing ones by the same: the function stays what it was. "dead": by how much the share of hidden units that no
@@ -75,10 +75,10 @@ class Job:
 Run = dict[str, Any]
 
 JOBS = {
-    "lenet": Job("cifar10", 5000, 640),
-    "mlp_deep": Job("mnist", 5000, 640),
-    "char_gpt": Job(None, 0, 500),
-    "resnet20": Job("cifar10", 1000, 80),
+    "lenet": Job("cifar10", 5000, 1280),
+    "mlp_deep": Job("mnist", 5000, 1280),
+    "char_gpt": Job(None, 0, 1000),
+    "resnet20": Job("cifar10", 1000, 480),
 }
 
 # name: (first grid as exponents of sqrt(10), optimizer)
