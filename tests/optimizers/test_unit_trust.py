@@ -200,9 +200,9 @@ def rescaled(model: nn.Sequential, kappa: Tensor) -> nn.Sequential:
     return other
 
 
-@given(seed=st.integers(0, 2**16), decades=st.floats(0.0, 1.5), lr=st.sampled_from([None, 1e3]))
+@given(seed=st.integers(0, 2**16), decades=st.floats(0.0, 1.5), lr=st.sampled_from([None, 1e8]))
 def test_the_scale_of_units_changes_no_step(seed, decades, lr):
-    """Exact but for the shares of a layer's mean that are added to variances of inputs and of outputs."""
+    """Exact but for the shares of a layer's mean that are added to variances, and as long as no unit meets lr itself."""
     g = torch.Generator().manual_seed(seed)
     x, y = torch.randn(16, 6, generator=g, dtype=torch.float64), torch.randint(3, (16,), generator=g)
     kappa = 10 ** (decades * (2 * torch.rand(8, generator=g, dtype=torch.float64) - 1))
