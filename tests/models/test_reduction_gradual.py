@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tests.oracles import tolerance
 from torchgeom_optim.geometry.mini_batches import MiniBatch
-from torchgeom_optim.models import distil, reduce_gradually, reduce_model
+from torchgeom_optim.models import distil, reduce_gradually, reduce_model, reduction_gradual
 from torchgeom_optim.models.reduction_gradual import _Batch, _Distillation, kept_at
 
 
@@ -105,6 +105,35 @@ def test_distillation_follows_the_teacher_and_any_optimizer_trains_the_coefficie
         nn.functional.cross_entropy(by_hand(x), wanted).backward()
         optimizer.step()
     assert divergence(model, by_hand, x) < start
+
+
+@pytest.mark.parametrize("room", [2**28, 100])
+def test_the_teacher_sees_each_sample_of_a_whole_once_where_there_is_room(
+    room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reduction_gradual, "_REMEMBERED_BYTES", room)
+    seen: list[int] = []
+
+    class Noting(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if not torch.is_grad_enabled():
+                seen.extend((x[:, 0] * 1e6).round().long().tolist())
+            return x
+
+    model, x = network(), inputs(50)
+    reduced = reduce_model(model, x, 60)
+    teacher = nn.Sequential(Noting(), model)
+    distil(reduced, teacher, x, steps=40, batch_size=16)  # 16 into 50: every pass leaves out two others
+    whole = reduced.coefficients.detach().clone()
+    assert len(set(seen)) == 50
+    assert len(seen) == (50 if room > 100 else 640)
+    monkeypatch.undo()
+    again = reduce_model(model, x, 60)
+    distil(again, model, x, steps=40, batch_size=16)
+    torch.testing.assert_close(again.coefficients.detach(), whole, **tolerance(condition=1e4))
+    seen.clear()
+    distil(again, teacher, [x[:30], x[30:]], steps=4)  # a loader may give others each time
+    assert len(seen) == 100
 
 
 def test_by_seconds_and_by_outputs() -> None:
