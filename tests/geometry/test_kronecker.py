@@ -151,7 +151,7 @@ def test_the_order_of_the_products_changes_nothing(
     assert basis.left is not None
     assert basis.right is not None
     _, rows = dense_rows(model, x)
-    for right in (basis.right, basis.right[:, :, 1:6]):
+    for right in (basis.right, basis.right[:, :, 1:]):
         some = replace(basis, right=right)
         turned.clear()
         [lam] = diagonal_in(J, [some])
