@@ -4,9 +4,9 @@ The question of Cowlagi & Chaudhari's Fig. 3. A network is trained, then written
 without labels, and its test accuracy taken:
 
 - "one shot", nothing is trained: the paper's rule (eigenvectors of the Fisher matrix by eigenvalue), the same by
-  lam c^2, our default (layers' Kronecker-factored eigenbases by lam c^2), the same with the kept coefficients making up
-  for the dropped ones by least squares, the same by eigenvalue, other bases, and magnitude pruning (with least squares
-  too);
+  lam c^2, our default (layers' Kronecker-factored eigenbases by lam c^2, the kept coefficients making up for the
+  dropped ones by least squares), the same without that, the same by eigenvalue, other bases, and magnitude pruning
+  (with least squares too);
 - "gradual", with distillation on unlabelled training images: our default, and ordinary gradual pruning by magnitude
   and by lam c^2, all for the same seconds of processor time.
 
@@ -70,18 +70,18 @@ SETTINGS = {
     # Without weight decay: with 1e-3 this network stays at chance.
     "allcnn9": Setting("cifar10", allcnn9, 64, 8, 10000, 30.0, 25, 500, weight_decay=0.0),
 }
-# Basis, importance, and least-squares steps of the kept coefficients.
+# Basis, importance, and least-squares steps of the kept coefficients; None for the default.
 ONE_SHOT = {
     "paper: exact, eigenvalue": ("exact", "eigenvalue", 0),
     "exact, loss": ("exact", "loss", 0),
-    "ours: kronecker, loss": ("kronecker", "loss", 0),
-    "ours, compensated": ("kronecker", "loss", 1),
+    "ours: kronecker, loss": ("kronecker", "loss", None),
+    "ours, not compensated": ("kronecker", "loss", 0),
     "kronecker, eigenvalue": ("kronecker", "eigenvalue", 0),
-    "pca, loss": ("pca", "loss", 0),
-    "dct, loss": ("dct", "loss", 0),
-    "pixels, loss": ("pixels", "loss", 0),
+    "pca, loss": ("pca", "loss", None),
+    "dct, loss": ("dct", "loss", None),
+    "pixels, loss": ("pixels", "loss", None),
     "magnitude pruning": ("pixels", "magnitude", 0),
-    "magnitude pruning, compensated": ("pixels", "magnitude", 1),
+    "magnitude pruning, compensated": ("pixels", "magnitude", 3),
 }
 GRADUAL = {
     "ours: kronecker, loss": ("kronecker", "loss"),
@@ -110,7 +110,8 @@ def main(argv: list[str] | None = None) -> None:
         dataset = stand_in(setting.data) if options.smoke else load_dataset(setting.data, options.root)
         for seed in seeds:
             if f"{name} seed {seed}" not in runs:
-                runs[f"{name} seed {seed}"] = _run(name, setting, dataset, seed, options.smoke)
+                run = _run(name, setting, dataset, seed, options.smoke)
+                runs[f"{name} seed {seed}"] = {**run, "commit": options.environment["commit"]}
             rows = _summary(runs)
             write_result(NAME, {"runs": runs, "summary": rows}, options, seeds=seeds, rows=rows)
 
@@ -267,6 +268,7 @@ def _summary(runs: dict[str, Any]) -> list[dict[str, object]]:
                 row: dict[str, object] = {"network": network, "kind": kind, "rule": label, "seeds": len(own)}
                 row["dense"] = float(np.median([run["accuracy_dense"] for run in own]))
                 row["bytes dense"] = own[0][kind][0]["bytes_dense"]
+                row["commit"] = ", ".join(dict.fromkeys(str(run.get("commit", "older"))[:7] for run in own))
                 for share in SHARES:
                     found = [r for run in own for r in run[kind] if r["rule"] == label and r["share"] == share]
                     row[f"{share:.0%}"] = float(np.median([r["accuracy"] for r in found]))

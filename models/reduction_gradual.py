@@ -61,6 +61,7 @@ def reduce_gradually(
     lr: float = 5e-3,
     optimizer: OptimizerFactory | None = None,
     every: int = 20,
+    drop: float = 0.1,
     settle: float = 0.4,
     importance_samples: int = 300,
     seconds: float | None = None,
@@ -82,7 +83,8 @@ def reduce_gradually(
         batch_size: where mini-batches are drawn.
         lr: of Adam, falling linearly to zero over the last half; the optimizer's own is scaled in the same way.
         optimizer: makes an optimizer of parameters; Adam by default.
-        every: steps after which directions are dropped.
+        every: steps after which directions may be dropped.
+        drop: share of the directions that is dropped at once, at least, in [0, 1): how often they are ranked anew.
         settle: share of the training, at its end, in which no more are dropped, in [0, 1).
         importance_samples: drawn each time for lam.
         seconds: stop after so much time instead of ``steps``; the schedule goes by the share of time.
@@ -105,6 +107,8 @@ def reduce_gradually(
         raise ValueError(f"lr={lr}: must be in (0, inf); 5e-3 is a common start for Adam.")
     if seconds is not None and not 0.0 < seconds < math.inf:
         raise ValueError(f"seconds={seconds}: must be in (0, inf), or None to go by steps.")
+    if not 0.0 <= drop < 1.0:
+        raise ValueError(f"drop={drop}: must be in [0, 1), a share of the directions; 0.1 is the default.")
     if not 0.0 <= settle < 1.0:
         raise ValueError(f"settle={settle}: must be in [0, 1), a share of the training; 0.4 is the default.")
     start = clock()
@@ -122,7 +126,8 @@ def reduce_gradually(
     while done < 1.0:
         if step % every == 0:
             fewer = kept_at(min(1.0, done / (1.0 - settle)), k, decomposition.directions.num_directions)
-            if recent and fewer < reduced.num_directions:
+            due = k if fewer == k else (1.0 - drop) * reduced.num_directions
+            if recent and fewer < reduced.num_directions and fewer <= due:
                 training.keep(ranking.most_important(fewer, recent))
             recent = []
         batch = next(batches)
