@@ -13,6 +13,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -61,8 +62,9 @@ def reduce_gradually(
     lr: float = 5e-3,
     optimizer: OptimizerFactory | None = None,
     every: int = 20,
-    drop: float = 0.1,
+    drop: float = 0.2,
     settle: float = 0.4,
+    turns: tuple[float, ...] = (),
     importance_samples: int = 300,
     seconds: float | None = None,
     clock: Callable[[], float] = time.monotonic,
@@ -108,7 +110,7 @@ def reduce_gradually(
     if seconds is not None and not 0.0 < seconds < math.inf:
         raise ValueError(f"seconds={seconds}: must be in (0, inf), or None to go by steps.")
     if not 0.0 <= drop < 1.0:
-        raise ValueError(f"drop={drop}: must be in [0, 1), a share of the directions; 0.1 is the default.")
+        raise ValueError(f"drop={drop}: must be in [0, 1), a share of the directions; 0.2 is the default.")
     if not 0.0 <= settle < 1.0:
         raise ValueError(f"settle={settle}: must be in [0, 1), a share of the training; 0.4 is the default.")
     start = clock()
@@ -126,6 +128,13 @@ def reduce_gradually(
     while done < 1.0:
         if step % every == 0:
             fewer = kept_at(min(1.0, done / (1.0 - settle)), k, decomposition.directions.num_directions)
+            if turns and done / (1.0 - settle) >= turns[0] and reduced.num_directions > k:
+                turns = turns[1:]
+                turned = decompose(reduced.merge(), data, **options)
+                reduced = turned.reduced(min(fewer, reduced.num_directions), measure=False, compensate=0)
+                decomposition = replace(turned, model=model)
+                training.follow_with(reduced)
+                ranking = _Ranking(decomposition, reduced, generator, {k: v for k, v in options.items() if k in _OF_THE_JACOBIAN})
             due = k if fewer == k else (1.0 - drop) * reduced.num_directions
             if recent and fewer < reduced.num_directions and fewer <= due:
                 training.keep(ranking.most_important(fewer, recent))
@@ -226,6 +235,14 @@ class _Distillation:
             (gradient,) = torch.autograd.grad(loss, [self._reduced.coefficients])
         self._reduced.coefficients.grad = gradient
         self._optimizer.step()
+
+    def follow_with(self, reduced: ReducedModel) -> None:
+        """Train the coefficients of another one from here on."""
+        self._optimizer.state.clear()
+        self._reduced = reduced
+        self._modes = [(module, module.training) for module in reduced.modules()]
+        reduced.eval()
+        self._optimizer.param_groups[0]["params"] = [reduced.coefficients]
 
     def keep(self, positions: Tensor) -> None:
         """Drop all coefficients but these, and what the optimizer knows of the others."""
