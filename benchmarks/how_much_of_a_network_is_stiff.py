@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
         for seed in seeds:
             if f"{name} seed {seed}" not in runs:
                 run = _run(name, setting, dataset, seed, options.smoke)
-                runs[f"{name} seed {seed}"] = {**run, "commit": options.environment["commit"]}
+                runs[f"{name} seed {seed}"] = {**run, **{key: options.environment[key] for key in ("commit", "cpu")}}
             rows = _summary(runs)
             write_result(NAME, {"runs": runs, "summary": rows}, options, seeds=seeds, rows=rows)
 
@@ -264,11 +264,12 @@ def _summary(runs: dict[str, Any]) -> list[dict[str, object]]:
     for network in dict.fromkeys(run["network"] for run in runs.values()):
         own = [run for run in runs.values() if run["network"] == network]
         for kind in ("one_shot", "gradual"):
-            for label in dict.fromkeys(row["rule"] for row in own[0][kind]):
-                row: dict[str, object] = {"network": network, "kind": kind, "rule": label, "seeds": len(own)}
-                row["dense"] = float(np.median([run["accuracy_dense"] for run in own]))
+            for label in dict.fromkeys(row["rule"] for run in own for row in run[kind]):
+                having = [run for run in own if any(r["rule"] == label for r in run[kind])]
+                row: dict[str, object] = {"network": network, "kind": kind, "rule": label, "seeds": len(having)}
+                row["commit"] = ", ".join(dict.fromkeys(str(run["commit"])[:7] for run in having))
+                row["dense"] = float(np.median([run["accuracy_dense"] for run in having]))
                 row["bytes dense"] = own[0][kind][0]["bytes_dense"]
-                row["commit"] = ", ".join(dict.fromkeys(str(run.get("commit", "older"))[:7] for run in own))
                 for share in SHARES:
                     found = [r for run in own for r in run[kind] if r["rule"] == label and r["share"] == share]
                     row[f"{share:.0%}"] = float(np.median([r["accuracy"] for r in found]))

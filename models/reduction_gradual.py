@@ -13,7 +13,6 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -64,7 +63,6 @@ def reduce_gradually(
     every: int = 20,
     drop: float = 0.2,
     settle: float = 0.4,
-    turns: tuple[float, ...] = (),
     importance_samples: int = 300,
     seconds: float | None = None,
     clock: Callable[[], float] = time.monotonic,
@@ -128,13 +126,6 @@ def reduce_gradually(
     while done < 1.0:
         if step % every == 0:
             fewer = kept_at(min(1.0, done / (1.0 - settle)), k, decomposition.directions.num_directions)
-            if turns and done / (1.0 - settle) >= turns[0] and reduced.num_directions > k:
-                turns = turns[1:]
-                turned = decompose(reduced.merge(), data, **options)
-                reduced = turned.reduced(min(fewer, reduced.num_directions), measure=False, compensate=0)
-                decomposition = replace(turned, model=model)
-                training.follow_with(reduced)
-                ranking = _Ranking(decomposition, reduced, generator, {k: v for k, v in options.items() if k in _OF_THE_JACOBIAN})
             due = k if fewer == k else (1.0 - drop) * reduced.num_directions
             if recent and fewer < reduced.num_directions and fewer <= due:
                 training.keep(ranking.most_important(fewer, recent))
@@ -235,14 +226,6 @@ class _Distillation:
             (gradient,) = torch.autograd.grad(loss, [self._reduced.coefficients])
         self._reduced.coefficients.grad = gradient
         self._optimizer.step()
-
-    def follow_with(self, reduced: ReducedModel) -> None:
-        """Train the coefficients of another one from here on."""
-        self._optimizer.state.clear()
-        self._reduced = reduced
-        self._modes = [(module, module.training) for module in reduced.modules()]
-        reduced.eval()
-        self._optimizer.param_groups[0]["params"] = [reduced.coefficients]
 
     def keep(self, positions: Tensor) -> None:
         """Drop all coefficients but these, and what the optimizer knows of the others."""
