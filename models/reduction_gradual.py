@@ -2,9 +2,11 @@ r"""Gradual reduction without labels: directions are dropped a few at a time whi
 
     k_t = k (P / k)^((1 - t/T)^2),   t = 0 ... T
 
-Every few steps the importances are taken anew and the k_t largest are kept; in between the kept c are trained on the
-mean of KL(p_dense || p) over unlabelled inputs. T is by default 60 % of the training: what is dropped last costs most,
-and the k that stay need time to learn it. With ``basis="pixels"`` it is ordinary gradual pruning with distillation.
+Whenever a fifth of the directions is due, the importances are taken anew and the k_t largest are kept; in between the
+kept c are trained on the mean of KL(p_dense || p) over unlabelled inputs. On the way lam is estimated from one row of
+random signs per sample (:func:`~torchgeom_optim.models.reduction_metric.probed_jacobian`), for time is better spent on
+training than on all C rows. T is by default 60 % of the training: what is dropped last costs most, and the k that stay
+need time to learn it. With ``basis="pixels"`` it is ordinary gradual pruning with distillation.
 """
 
 from __future__ import annotations
@@ -86,7 +88,7 @@ def reduce_gradually(
         every: steps after which directions may be dropped.
         drop: share of the directions that is dropped at once, at least, in [0, 1): how often they are ranked anew.
         settle: share of the training, at its end, in which no more are dropped, in [0, 1).
-        importance_samples: drawn each time for lam.
+        importance_samples: drawn each time for the estimate of lam.
         seconds: stop after so much time instead of ``steps``; the schedule goes by the share of time.
         clock: what tells it; ``time.process_time`` leaves out what other programs take.
         test_data: for the report.
