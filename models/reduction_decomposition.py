@@ -105,7 +105,7 @@ class Decomposition:
         positions = self.ranked[:k].sort().values
         reduced = ReducedModel(self.model, self.directions, positions, self.coordinates[positions], self.center)
         rounds = self._rounds(compensate)
-        if rounds:
+        if rounds and k < self.directions.num_weights:  # with all there is nothing to make up for
             compensated(
                 reduced, self.model, self.samples, rounds=rounds,
                 metric=self.metric, select=self.select, class_dim=self.class_dim, **jacobian_options,

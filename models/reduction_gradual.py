@@ -116,7 +116,7 @@ def reduce_gradually(
     start = clock()
     decomposition = decompose(model, data, **options)
     k = number_of(num_directions, decomposition.directions, decomposition.samples.size)
-    reduced = decomposition.reduced(decomposition.directions.num_directions, measure=False)
+    reduced = decomposition.reduced(decomposition.directions.num_directions, measure=False, compensate=0)
     training = _Distillation(
         model, reduced, decomposition.metric, decomposition.select, decomposition.class_dim, optimizer or _adam(lr)
     )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tests.oracles import tolerance
 from torchgeom_optim.geometry.mini_batches import MiniBatch
-from torchgeom_optim.models import ReducedModel, decompose, reduce_model
+from torchgeom_optim.models import ReducedModel, decompose, reduce_gradually, reduce_model, reduction_decomposition
 from torchgeom_optim.models.reduction_compensation import compensate
 
 
@@ -107,8 +107,16 @@ def test_a_linear_network_reaches_the_least_squares_answer_in_one_round() -> Non
     torch.testing.assert_close(reduced.merge().weight.detach()[0, kept], best, rtol=1e-6, atol=1e-6)
 
 
-def test_where_nothing_was_dropped_nothing_moves() -> None:
+def test_where_nothing_was_dropped_nothing_moves_and_nothing_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = network(), inputs()
+    called: list[int] = []
+    monkeypatch.setattr(reduction_decomposition, "compensated", lambda reduced, *_, **__: called.append(1))
+    assert torch.equal(reduce_model(model, x, 1.0).coefficients, decompose(model, x).coordinates)
+    reduce_gradually(model, x, 20, steps=3)
+    assert not called
+    reduce_model(model, x, 20)
+    assert called
+    monkeypatch.undo()
     reduced = decompose(model, x).reduced(1.0, measure=False)
     before = reduced.coefficients.detach().clone()
     compensate(reduced, model, MiniBatch(x, None, len(x)))
