@@ -261,8 +261,9 @@ def _embedding(model: nn.Module, points: Tensor, full: Tensor | None) -> dict[st
 def _summary(runs: dict[str, Any]) -> list[dict[str, object]]:
     """Median over seeds of the accuracy, and of what it is below the dense network's."""
     rows: list[dict[str, object]] = []
-    for network in dict.fromkeys(run["network"] for run in runs.values()):
+    for network in dict.fromkeys([*SETTINGS, *(run["network"] for run in runs.values())]):
         own = [run for run in runs.values() if run["network"] == network]
+        # The rows of rules that are no more stay, under their own names.
         for kind in ("one_shot", "gradual"):
             for label in dict.fromkeys(row["rule"] for run in own for row in run[kind]):
                 having = [run for run in own if any(r["rule"] == label for r in run[kind])]
@@ -285,8 +286,10 @@ def draw(folder: Path) -> None:
     plt = optional_import("matplotlib.pyplot", "the picture")
     runs = json.loads((folder / f"{NAME}.json").read_text())["numbers"]["runs"]
     first = {run["network"]: run for run in reversed(list(runs.values()))}
-    every = ((run, rule) for run in reversed(list(first.values())) for rule in PICTURED)
-    lines = [(run, rule) for run, rule in every if f"{rule}, {SHARES[0]:.0%}" in run["inpca"]]
+    lines = []
+    for run in (first[network] for network in SETTINGS if network in first):
+        there = [rule for rule in ONE_SHOT if f"{rule}, {SHARES[0]:.0%}" in run["inpca"]]  # of what was pictured then
+        lines += [(run, rule) for rule in there]
     figure, axes = plt.subplots(len(lines), 3, figsize=(10, 3.1 * len(lines)), squeeze=False)
     for (run, rule), panels in zip(lines, axes, strict=True):
         accuracies = {r["share"]: r["accuracy"] for r in run["one_shot"] if r["rule"] == rule}
