@@ -98,18 +98,28 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--times", type=float, default=1.0, help="so many times the seconds of the gradual runs")
     parser.add_argument("--resume", action="store_true", help="keep the runs that the result has")
+    parser.add_argument("--gradual", action="store_true", help="measure the gradual rows alone, of runs that there are")
     parser.add_argument("--draw", action="store_true", help="draw the picture from the result, and measure nothing")
     options = start(parser, argv)
     if options.draw:
         draw(options.output or RESULTS)
         return
-    runs: dict[str, Any] = _earlier(options) if options.resume else {}
+    runs: dict[str, Any] = _earlier(options) if options.resume or options.gradual else {}
     networks, seeds = (["mlp_thin"], [0]) if options.smoke else (options.networks, options.seeds)
     for name in networks:
         setting = replace(SETTINGS[name], gradual_seconds=options.times * SETTINGS[name].gradual_seconds)
         dataset = stand_in(setting.data) if options.smoke else load_dataset(setting.data, options.root)
         for seed in seeds:
-            if f"{name} seed {seed}" not in runs:
+            earlier = runs.get(f"{name} seed {seed}")
+            if options.gradual and earlier is not None:
+                model, images = _trained(setting, dataset, seed, options.smoke)[:2]
+                rows = _gradual(model, images, setting, dataset, seed, options.smoke)
+                if rows[0]["accuracy_dense"] != earlier["accuracy_dense"]:
+                    raise RuntimeError(
+                        f"{name} seed {seed} trains to another network here: measure the whole run anew."
+                    )
+                earlier |= {"gradual": rows, "commit of gradual rows": options.environment["commit"]}
+            elif earlier is None:
                 run = _run(name, setting, dataset, seed, options.smoke)
                 runs[f"{name} seed {seed}"] = {**run, **{key: options.environment[key] for key in ("commit", "cpu")}}
             rows = _summary(runs)
@@ -123,14 +133,7 @@ def _earlier(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _run(name: str, setting: Setting, dataset: Dataset, seed: int, smoke: bool) -> dict[str, Any]:
-    torch.manual_seed(seed)
-    model = setting.build()
-    generator = torch.Generator().manual_seed(seed)
-    x, y = dataset.train_inputs[: setting.num_train], dataset.train_targets[: setting.num_train]
-    begin = time.process_time()
-    train(model, x, y, 1 if smoke else setting.epochs, setting.batch_size, generator, setting.weight_decay)
-    train_seconds = time.process_time() - begin
-    images = x[torch.randperm(len(x), generator=generator)]  # unlabelled from here on
+    model, images, train_seconds = _trained(setting, dataset, seed, smoke)
     test = (dataset.test_inputs, dataset.test_targets)
     size = sum(p.numel() for p in model.parameters())
     points = dataset.test_inputs[:POINTS]
@@ -159,7 +162,39 @@ def _run(name: str, setting: Setting, dataset: Dataset, seed: int, smoke: bool) 
                 if label in PICTURED:
                     embedded[f"{label}, {share:.0%}"] = _embedding(reduced, points, distances)
         del decomposition
-    gradual = []
+    for entry in embedded.values():
+        entry.pop("distances", None)
+    settings = {key: value for key, value in asdict(setting).items() if key != "build"}
+    return {
+        "network": name,
+        "seed": seed,
+        "data": dataset.title,
+        "settings": {**settings, "num_train": len(images), "num_test": len(test[0])},
+        "num_weights": size,
+        "accuracy_dense": one_shot[0]["accuracy_dense"],
+        "train_seconds": train_seconds,
+        "one_shot": one_shot,
+        "gradual": _gradual(model, images, setting, dataset, seed, smoke),
+        "inpca": embedded,
+        "inpca_labels": dataset.test_targets[:POINTS].tolist(),
+    }
+
+
+def _trained(setting: Setting, dataset: Dataset, seed: int, smoke: bool) -> tuple[nn.Module, Tensor, float]:
+    """The network, its training images in another order, from here on without labels, and seconds."""
+    torch.manual_seed(seed)
+    model = setting.build()
+    generator = torch.Generator().manual_seed(seed)
+    x, y = dataset.train_inputs[: setting.num_train], dataset.train_targets[: setting.num_train]
+    begin = time.process_time()
+    train(model, x, y, 1 if smoke else setting.epochs, setting.batch_size, generator, setting.weight_decay)
+    return model, x[torch.randperm(len(x), generator=generator)], time.process_time() - begin
+
+
+def _gradual(
+    model: nn.Module, images: Tensor, setting: Setting, dataset: Dataset, seed: int, smoke: bool
+) -> list[dict[str, Any]]:
+    rows = []
     for label, (basis, importance) in GRADUAL.items():
         for share in SHARES:
             begin = time.process_time()
@@ -173,27 +208,12 @@ def _run(name: str, setting: Setting, dataset: Dataset, seed: int, smoke: bool) 
                 basis=basis,
                 importance=importance,
                 num_samples=min(setting.calibration, len(images)),
-                test_data=test[0],
-                test_targets=test[1],
+                test_data=dataset.test_inputs,
+                test_targets=dataset.test_targets,
                 generator=torch.Generator().manual_seed(seed),
             )
-            gradual.append(_row(label, share, reduced, time.process_time() - begin))
-    for entry in embedded.values():
-        entry.pop("distances", None)
-    settings = {key: value for key, value in asdict(setting).items() if key != "build"}
-    return {
-        "network": name,
-        "seed": seed,
-        "data": dataset.title,
-        "settings": {**settings, "num_train": len(x), "num_test": len(test[0])},
-        "num_weights": size,
-        "accuracy_dense": one_shot[0]["accuracy_dense"],
-        "train_seconds": train_seconds,
-        "one_shot": one_shot,
-        "gradual": gradual,
-        "inpca": embedded,
-        "inpca_labels": dataset.test_targets[:POINTS].tolist(),
-    }
+            rows.append(_row(label, share, reduced, time.process_time() - begin))
+    return rows
 
 
 def train(
@@ -268,7 +288,10 @@ def _summary(runs: dict[str, Any]) -> list[dict[str, object]]:
             for label in dict.fromkeys(row["rule"] for run in own for row in run[kind]):
                 having = [run for run in own if any(r["rule"] == label for r in run[kind])]
                 row: dict[str, object] = {"network": network, "kind": kind, "rule": label, "seeds": len(having)}
-                row["commit"] = ", ".join(dict.fromkeys(str(run["commit"])[:7] for run in having))
+                commits = [str(run["commit"]) for run in having]
+                if kind == "gradual":
+                    commits = [str(run.get("commit of gradual rows", run["commit"])) for run in having]
+                row["commit"] = ", ".join(dict.fromkeys(commit[:7] for commit in commits))
                 row["dense"] = float(np.median([run["accuracy_dense"] for run in having]))
                 row["bytes dense"] = own[0][kind][0]["bytes_dense"]
                 for share in SHARES:

@@ -2,11 +2,11 @@ r"""Gradual reduction without labels: directions are dropped a few at a time whi
 
     k_t = k (P / k)^((1 - t/T)^2),   t = 0 ... T
 
-Whenever a fifth of the directions is due, the importances are taken anew and the k_t largest are kept; in between the
-kept c are trained on the mean of KL(p_dense || p) over unlabelled inputs. On the way lam is estimated from one row of
-random signs per sample (:func:`~torchgeom_optim.models.reduction_metric.probed_jacobian`), for time is better spent on
-training than on all C rows. T is by default 60 % of the training: what is dropped last costs most, and the k that stay
-need time to learn it. With ``basis="pixels"`` it is ordinary gradual pruning with distillation.
+Every few steps the importances are taken anew and the k_t largest are kept; in between the kept c are trained on the
+mean of KL(p_dense || p) over unlabelled inputs. On the way lam is estimated from one row of random signs per sample
+(:func:`~torchgeom_optim.models.reduction_metric.probed_jacobian`), for time is better spent on training than on all C
+rows. T is by default 60 % of the training: what is dropped last costs most, and the k that stay need time to learn it.
+With ``basis="pixels"`` it is ordinary gradual pruning with distillation.
 """
 
 from __future__ import annotations
@@ -63,7 +63,6 @@ def reduce_gradually(
     lr: float = 5e-3,
     optimizer: OptimizerFactory | None = None,
     every: int = 20,
-    drop: float = 0.2,
     settle: float = 0.4,
     importance_samples: int = 300,
     seconds: float | None = None,
@@ -85,8 +84,7 @@ def reduce_gradually(
         batch_size: where mini-batches are drawn.
         lr: of Adam, falling linearly to zero over the last half; the optimizer's own is scaled in the same way.
         optimizer: makes an optimizer of parameters; Adam by default.
-        every: steps after which directions may be dropped.
-        drop: share of the directions that is dropped at once, at least, in [0, 1): how often they are ranked anew.
+        every: steps after which directions are dropped.
         settle: share of the training, at its end, in which no more are dropped, in [0, 1).
         importance_samples: drawn each time for the estimate of lam.
         seconds: stop after so much time instead of ``steps``; the schedule goes by the share of time.
@@ -109,8 +107,6 @@ def reduce_gradually(
         raise ValueError(f"lr={lr}: must be in (0, inf); 5e-3 is a common start for Adam.")
     if seconds is not None and not 0.0 < seconds < math.inf:
         raise ValueError(f"seconds={seconds}: must be in (0, inf), or None to go by steps.")
-    if not 0.0 <= drop < 1.0:
-        raise ValueError(f"drop={drop}: must be in [0, 1), a share of the directions; 0.2 is the default.")
     if not 0.0 <= settle < 1.0:
         raise ValueError(f"settle={settle}: must be in [0, 1), a share of the training; 0.4 is the default.")
     start = clock()
@@ -128,8 +124,7 @@ def reduce_gradually(
     while done < 1.0:
         if step % every == 0:
             fewer = kept_at(min(1.0, done / (1.0 - settle)), k, decomposition.directions.num_directions)
-            due = k if fewer == k else (1.0 - drop) * reduced.num_directions
-            if recent and fewer < reduced.num_directions and fewer <= due:
+            if recent and fewer < reduced.num_directions:
                 training.keep(ranking.most_important(fewer, recent))
             recent = []
         batch = next(batches)
