@@ -278,3 +278,38 @@ class OnlyLogits(nn.Module):
 
     def forward(self, x):
         return {"logits": self.body(x)}
+
+
+@pytest.mark.parametrize(
+    ("loss_of", "criterion", "said"),
+    [
+        (
+            lambda model, x, y: nn.functional.cross_entropy(model(x), y),
+            nn.CrossEntropyLoss(),
+            "CrossEntropyLoss module",
+        ),
+        (lambda model, x, y: nn.CrossEntropyLoss()(model[:](x), y), nn.CrossEntropyLoss(), "the model was not called"),
+    ],
+)
+def test_a_loop_that_it_sees_nothing_of_is_told_what_is_missing(loss_of, criterion, said):
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    diagnostics = Diagnostics(model, criterion, every=2)
+    assert diagnostics.summary() == "No records yet: attach(optimizer) and train, or call measure(x, y)."
+    diagnostics.attach(optimizer)
+    assert diagnostics.summary() == "No records yet: no step that the schedule names was taken."
+    x, y = torch.randn(8, 4), torch.randint(2, (8,))
+    with pytest.warns(RuntimeWarning, match=f"step 0 was to be measured, but .*{said}") as warned:
+        for _ in range(3):
+            loss_of(model, x, y).backward()
+            optimizer.step()
+    assert len(warned) == 1
+    assert said in diagnostics.summary()
+    assert diagnostics.summary().startswith("No records yet: step 2")
+    diagnostics.close()
+
+
+def test_a_model_that_returns_no_loss_is_told_to_bring_a_criterion():
+    model = nn.Linear(4, 2)
+    with Diagnostics(model, every=1).attach(), pytest.raises(ValueError, match=r"shape \[8, 2\].*give what the loop"):
+        model(torch.randn(8, 4))
