@@ -185,8 +185,8 @@ class LoopWatch:
         """Where a pass was wanted and none was reported: which of the loop's calls is missing."""
         if self._pass is None:
             return (
-                "the model was not called, or without gradients; give the very module that the loop calls, such as what "
-                "torch.compile(model) returned"
+                "the model was not called, or without gradients; give the very module that the loop calls, such as "
+                "what torch.compile(model) returned"
             )
         if self._pass.num_losses:
             return "no backward pass went through the loss"
@@ -226,8 +226,8 @@ class LoopWatch:
     def _take_loss(self, observed: ObservedPass, loss: Tensor) -> None:
         if loss.dim() > 0 and self._criterion is None:
             raise ValueError(
-                f"the model returned a tensor of shape {list(loss.shape)}: without a criterion it must return its loss; "
-                "give what the loop computes the loss with, as in Diagnostics(model, nn.CrossEntropyLoss())."
+                f"the model returned a tensor of shape {list(loss.shape)}: without a criterion it must return its "
+                "loss; give what the loop computes the loss with, as in Diagnostics(model, nn.CrossEntropyLoss())."
             )
         if loss.dim() > 0:
             raise ValueError(

@@ -151,6 +151,13 @@ def test_another_rule_leads_elsewhere(fault):
         torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=1e-3, atol=1e-6)
 
 
+def test_a_momentum_that_leaves_nothing_of_the_bound_is_refused():
+    model = deep_network()
+    with pytest.raises(ValueError, match=r"momentum=1.0.*must be in \[0, 1\).*none is needed"):
+        WhiteningSGD(model, momentum=1.0)
+    WhiteningSGD(model, momentum=1.0, rule="whitening")
+
+
 @pytest.mark.parametrize("cycles", [False, True])
 @pytest.mark.parametrize("settings", [{}, {"lr": 0.1}], ids=str)
 def test_momentum_makes_no_training_run_away(settings, cycles):

@@ -293,6 +293,10 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
         return kind_of_factors(self.metric, self._expectation)
 
     @property
+    def _needs_model(self) -> bool:
+        return self.metric != "identity" or self._expectation != "average"
+
+    @property
     def _needs_calls(self) -> bool:
         return self.metric not in FROM_GRADIENTS or self._expectation != "average"
 

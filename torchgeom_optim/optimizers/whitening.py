@@ -53,7 +53,7 @@ class WhiteningSGD(LayerwiseOptimizer):
     times the root of the number of layers where there are skip connections, 4 at least; times the number of factors
     where outputs of layers are multiplied (3 for queries, keys and values), see
     :class:`~torchgeom_optim.optimizers.chain_length.ChainLength`. Any scheduler of lr moves the bound with it, a
-    warm-up too; let lr decay to 0 over the run. Momentum and Nesterov's lie inside the bound, which is then 1 - momentum
+    warm-up too; let lr decay to 0 over the run. Momentum and Nesterov's lie inside the bound and make it 1 - momentum
     times as large, so that a gradient moves as much in all as without; none is needed. Weight decay lies outside.
     Channels of normalisations (a tenth of rho) and other parameters (as a whole) move by a share of their own size.
 
@@ -67,7 +67,7 @@ class WhiteningSGD(LayerwiseOptimizer):
 
     Four ways in: ``WhiteningSGD(model)``, without a learning rate; ``WhiteningSGD(model, lr)``;
     ``WhiteningSGD(groups, lr, model=model)`` with whatever parameter groups a training script has;
-    ``WhiteningSGD(params, lr)`` without a model, which is ``torch.optim.SGD`` exactly.
+    ``WhiteningSGD(params, lr)`` without a model, which is ``torch.optim.SGD`` exactly and warns unless ``rule="sgd"``.
 
     Rules (``rule``, also a key of a parameter group; the group of a layer's weight decides for the layer):
 
