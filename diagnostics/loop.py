@@ -29,7 +29,7 @@ OF_SEVERAL_BATCHES = frozenset({"num_items_in_batch"})
 
 
 def own_loss(outputs: Any) -> Tensor:
-    """The loss that a model returns by itself: ``outputs.loss``, ``outputs["loss"]``, the first of a tuple, or all.
+    """The loss that a model returns by itself: ``outputs.loss``, ``outputs["loss"]``, a number in a tuple, or all.
 
     Args:
         outputs: what the model returned.
@@ -46,11 +46,11 @@ def own_loss(outputs: Any) -> Tensor:
     elif not isinstance(outputs, Tensor) and hasattr(outputs, "loss"):
         found = outputs.loss
     elif isinstance(outputs, tuple | list) and outputs:
-        found = outputs[0]
+        found = next((x for x in outputs if isinstance(x, Tensor) and x.dim() == 0), outputs[0])
     if not isinstance(found, Tensor):
         raise TypeError(
             f"the model returned a {type(outputs).__name__} without a loss: without a criterion it must return its "
-            f"loss, as .loss, ['loss'], the first of a tuple, or alone; give Diagnostics the criterion."
+            f"loss, as .loss, ['loss'], a number in a tuple, or alone; give Diagnostics the criterion."
         )
     return found
 

@@ -310,6 +310,27 @@ def test_a_loop_that_it_sees_nothing_of_is_told_what_is_missing(loss_of, criteri
     diagnostics.close()
 
 
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_model_that_returns_its_loss_in_a_tuple(place):
+    class Returning(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Linear(4, 2)
+
+        def forward(self, x, y):
+            logits = self.body(x)
+            found = [logits]
+            found.insert(place, nn.functional.cross_entropy(logits, y))
+            return tuple(found)
+
+    model, x, y = Returning(), torch.randn(8, 4), torch.randint(2, (8,))
+    wanted = Diagnostics(model.body, nn.CrossEntropyLoss()).measure(x, y)
+    with Diagnostics(model, every=1).attach() as diagnostics:
+        model(x, y)[place].backward()
+    assert_close(diagnostics.history[0].loss, wanted.loss)
+    assert_close(diagnostics.history[0].values, wanted.values)
+
+
 def test_a_model_that_returns_no_loss_is_told_to_bring_a_criterion():
     model = nn.Linear(4, 2)
     with Diagnostics(model, every=1).attach(), pytest.raises(ValueError, match=r"shape \[8, 2\].*give what the loop"):

@@ -109,7 +109,8 @@ class WhiteningSGD(LayerwiseOptimizer):
             groups with another rule, or without a model).
         momentum: in [0, inf), below 1 for the trust region, which trains as well without.
         dampening: finite.
-        weight_decay: in [0, inf), per unit of lr, added after whitening.
+        weight_decay: in [0, inf), per unit of lr (which begins with ``trust_radius``, 1, if it is None), added after
+            whitening. Of AdamW's or SGD's take lr * weight_decay.
         nesterov: as in SGD; needs momentum and zero dampening.
         model: the module that the parameters belong to; without it, everything takes a plain SGD step.
         rule: see above.
