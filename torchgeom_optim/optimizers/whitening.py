@@ -244,7 +244,7 @@ class WhiteningSGD(LayerwiseOptimizer):
         on_output_grad = super()._on_call(module, x, y)
         in_backward = torch._C._current_graph_task_id() != -1  # of a checkpointed segment, run for the second time
         if on_output_grad is not None and not in_backward:
-            if any(group["chain_length"] is None for group in self._bounded_groups()):
+            if any(group["chain_length"] is None and group["params"] for group in self._bounded_groups()):
                 self._bound.chain.see(self._layer_of[module].weight, x, y)
         return on_output_grad
 
