@@ -12,8 +12,8 @@ from torch import nn
 
 from tests.oracles import tolerance
 from torchgeom_optim import WhiteningSGD
-from torchgeom_optim.optimizers import chain_length
 from torchgeom_optim.models.reference import lenet, mlp_deep, resnet8, resnet20
+from torchgeom_optim.optimizers import chain_length
 
 
 class Skipping(nn.Module):

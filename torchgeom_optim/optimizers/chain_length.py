@@ -152,7 +152,7 @@ _NOTHING = _Reach(0, 0, None)
 
 
 class _Sources:
-    """The outputs of the calls in a graph, and parts of them, numbered; lives as long as the nodes that it has notes in."""
+    """The outputs of the calls in a graph, and parts of them, numbered; lives as long as the nodes with its notes."""
 
     def __init__(self) -> None:
         self._all: list[Tensor | int] = []  # the layer's weight; of a part, what is divided

@@ -309,7 +309,8 @@ class LayerwiseOptimizer(Optimizer):
                 for layer in layers:
                     # Of a layer that is not stepped only the processes that called it know them; states have to agree.
                     if layer in active and (moments := layer.output_moments()) is not None:
-                        self.state[layer.weight]["output_mean"] = moments.mean
+                        mean = moments.mean.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)  # else there is no next one
+                        self.state[layer.weight]["output_mean"] = mean
         except BaseException:
             for layer, own in calls:
                 layer.calls = own

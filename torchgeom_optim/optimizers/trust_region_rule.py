@@ -149,7 +149,8 @@ def _bounded_alone(parameter: Tensor, group: Mapping[str, Any], state: dict[str,
     grad = grad.coalesce() if grad.is_sparse else grad
     values = grad.values() if grad.is_sparse else grad
     change_sq = (values.abs().square().sum() / parameter.numel()).reshape(1)
-    own_sq = parameter.detach().abs().square().mean().reshape(1) + BARE_FLOOR
+    own_sq = parameter.detach().abs().square().mean().reshape(1).add_(BARE_FLOOR)
+    own_sq.clamp_(max=torch.finfo(own_sq.dtype).max / 16)
     slope_sq = change_sq * own_sq
     expected = expected_slope(state.get("slope_sq", slope_sq), slope_sq, group["decay"])
     state["slope_sq"] = expected

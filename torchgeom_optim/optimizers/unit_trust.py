@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
@@ -173,10 +174,19 @@ def scale_blocks(
         sizes = tuple(row.change_sq.numel() for row in rows)
         slope_sq = torch.cat([row.change_sq for row in rows])
         layers = Segments(sizes, slope_sq)
-        spread_sq = torch.cat([row.spread_sq for row in rows])
-        floors = spread_floor(layers.means(spread_sq), torch.stack([row.input_sq for row in rows]))
-        spread_sq = (spread_sq + layers.spread(floors)).clamp_(max=torch.finfo(spread_sq.dtype).max / 16)
+        largest = torch.finfo(slope_sq.dtype).max / 16
+        # A variance of infinite outputs is NaN: their unit moves by what its layer's floor lets it.
+        spread_sq = torch.cat([row.spread_sq for row in rows]).nan_to_num_(nan=0.0, posinf=largest)
+        input_sq = torch.stack([row.input_sq for row in rows]).nan_to_num_(nan=0.0, posinf=0.0)
+        floors = spread_floor(layers.means(spread_sq), input_sq)
+        spread_sq = (spread_sq + layers.spread(floors)).clamp_(max=largest)
         slope_sq *= spread_sq
+        if slope_sq.device.type == "cpu" and not math.isfinite(
+            slope_sq.sum().item()
+        ):  # nobody has to wait for it there
+            for row, is_finite in zip(rows, layers.split(slope_sq.isfinite()), strict=True):
+                _forget(row, ~is_finite, directions, state_of)
+        slope_sq.nan_to_num_(nan=torch.inf, posinf=torch.inf)
         if any(row.is_remembered for row in rows):
             parts = zip(rows, layers.split(slope_sq), strict=True)
             slope_sq = torch.cat([row.change_sq if row.is_remembered else part for row, part in parts])
@@ -190,7 +200,9 @@ def scale_blocks(
         for row, own, factor in zip(rows, layers.split(expected), layers.split(scale), strict=True):
             state_of(row.owner)["slope_sq"] = own
             for parameter, axis in row.parts:
-                directions[id(parameter)] = _scaled(directions[id(parameter)], factor, axis)
+                direction = directions[id(parameter)]
+                scaled = local_part(direction).mul_(_along(factor, direction, axis))
+                directions[id(parameter)] = with_local(scaled, direction)
 
 
 def _past(state: Mapping[str, Any], slope_sq: Tensor) -> Tensor:
@@ -200,13 +212,23 @@ def _past(state: Mapping[str, Any], slope_sq: Tensor) -> Tensor:
     return past.to(slope_sq.dtype)
 
 
-def _scaled(direction: Tensor, factor: Tensor, axis: int | None) -> Tensor:
+def _forget(
+    row: TrustedBlock, units: Tensor, directions: _Directions, state_of: Callable[[Tensor], Mapping[str, Any]]
+) -> None:
+    """Put directions of units to 0, which may be infinite or NaN, and with them what is kept as momentum."""
+    for parameter, axis in row.parts:
+        direction = directions[id(parameter)]
+        for tensor in (direction, state_of(parameter).get("momentum_buffer")):
+            if tensor is not None:
+                local_part(tensor).masked_fill_(_along(units, direction, axis), 0.0)
+
+
+def _along(units: Tensor, direction: Tensor, axis: int | None) -> Tensor:
+    """A number for each unit, to broadcast against what this process has of a direction."""
     if axis is None:
-        return direction.mul_(factor.view(()))
-    if axis == 0 and factor.numel() == direction.numel():
-        factor = factor.view(direction.shape)
+        return units.view(())
+    if axis == 0 and units.numel() == direction.numel():
+        units = units.view(direction.shape)
     else:
-        factor = factor.view([-1 if k == axis else 1 for k in range(direction.dim())])
-    if is_sharded(direction):
-        return with_local(local_part(direction).mul_(part_along(factor, direction)), direction)
-    return direction.mul_(factor)
+        units = units.view([-1 if k == axis else 1 for k in range(direction.dim())])
+    return part_along(units, direction) if is_sharded(direction) else units
