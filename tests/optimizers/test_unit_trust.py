@@ -561,3 +561,74 @@ def test_a_batch_of_inputs_whose_squares_overflow_is_passed_over(is_first):
     before = model[0].weight.detach().clone()
     plain_step(model, optimizer, x)
     assert 1e-4 < float((model[0].weight - before).detach().abs().max()) < 1.0
+
+
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm = nn.Embedding(6, 4, sparse=True), nn.LayerNorm(4)
+        self.gate, self.value, self.last = nn.Linear(4, 5), nn.Linear(4, 5), nn.Linear(5, 3)
+        self.bare = nn.Parameter(torch.ones(3))
+
+    def forward(self, tokens: Tensor, *, is_called: bool = True) -> Tensor:
+        x = self.norm(self.embed(tokens))
+        last = self.last if is_called else lambda x: nn.functional.linear(x, self.last.weight, self.last.bias)
+        return self.bare * last(self.gate(x).sigmoid() * self.value(x))
+
+
+def of_the_rule_before(optimizer: WhiteningSGD) -> dict:
+    """E[r_j^2], by which the rule went before it went by slopes, without factors; chains were shorter."""
+    state_dict = copy.deepcopy(optimizer.state_dict())
+    for values in state_dict["state"].values():
+        values.pop("factors", None)
+        if "slope_sq" in values:
+            values["change_sq"] = torch.full_like(values.pop("slope_sq"), 1e6)
+    state_dict["param_groups"][0] |= {"chain_length": 2, "damping": 0.01}
+    return state_dict
+
+
+def test_a_checkpoint_of_the_rule_before_this_one_is_taken_up():
+    tokens = torch.randint(6, (32,), generator=torch.Generator().manual_seed(0))
+    model = Gated()
+    optimizer = WhiteningSGD(model)
+    plain_step(model, optimizer, tokens)
+    given = of_the_rule_before(optimizer)
+    before = copy.deepcopy(given)
+    resumed = WhiteningSGD(model)
+    resumed.load_state_dict(given)
+    assert given["param_groups"] == before["param_groups"]
+    torch.testing.assert_close(given["state"], before["state"])
+    plain_step(model, resumed, tokens)
+    assert not any("change_sq" in values for values in resumed.state.values())
+    for layer in (model.gate, model.value, model.last):
+        state = resumed.state[layer.weight]
+        torch.testing.assert_close(state["slope_sq"], 0.95e6 * state["spread_sq"], rtol=0.05, atol=0.0)
+    spread_sq = 0.01 * (model.norm.weight.detach().square() + 0.01)
+    torch.testing.assert_close(resumed.state[model.norm.weight]["slope_sq"], 0.95e6 * spread_sq, rtol=0.05, atol=0.0)
+    for p in (model.bare, model.embed.weight):
+        mean_sq = p.detach().square().mean()[None]
+        torch.testing.assert_close(resumed.state[p]["slope_sq"], 0.95e6 * mean_sq, rtol=0.05, atol=0.0)
+    assert [resumed.state[p].get("factors") for p in (model.gate.weight, model.value.weight)] == [2, 2]
+    assert (resumed.param_groups[0]["chain_length"], resumed.param_groups[0]["damping"]) == (3, 0.01)
+
+
+def test_a_length_that_is_given_outlives_such_a_checkpoint():
+    model, tokens = Gated(), torch.arange(6)
+    optimizer = WhiteningSGD(model)
+    plain_step(model, optimizer, tokens)
+    resumed = WhiteningSGD(model, chain_length=7)
+    resumed.load_state_dict(of_the_rule_before(optimizer))
+    assert resumed.param_groups[0]["chain_length"] == 7
+
+
+def test_a_layer_that_sits_out_the_first_step_goes_by_such_a_checkpoint():
+    model, tokens = Gated(), torch.arange(6)
+    optimizer = WhiteningSGD(model)
+    plain_step(model, optimizer, tokens)
+    resumed = WhiteningSGD(model)
+    resumed.load_state_dict(of_the_rule_before(optimizer))
+    resumed.zero_grad()
+    model(tokens, is_called=False).square().mean().backward()
+    resumed.step()
+    state = resumed.state[model.last.weight]
+    torch.testing.assert_close(state["slope_sq"], 1e6 * state["spread_sq"], rtol=0.05, atol=0.0)

@@ -87,14 +87,14 @@ class ChainLength:
         base = output._base  # an in-place change of a view cuts the view's own node out of the graph
         for node in (output.grad_fn, None if base is None else base.grad_fn):
             if node is not None:
-                node.metadata[self._key] = note
+                _notes(node)[self._key] = note
 
     def _look_back(self, start: Any, sources: _Sources) -> _Reach:
         """How a tensor depends on the layers right before it."""
         stack = [start]
         while stack:
             node = stack.pop()
-            if node is None or not (edges := node.next_functions) or self._key in node.metadata:
+            if node is None or not (edges := node.next_functions) or self._key in _notes(node):
                 continue
             missing = [edge for edge, _ in edges if self._reach_of(edge) is None]
             if missing:
@@ -103,7 +103,7 @@ class ChainLength:
             reaches = [self._along(edge, place) for edge, place in edges]
             operation = _operation(node)
             reach = _joined(operation, reaches)
-            node.metadata[self._key] = _Note(sources, reach, {} if operation in _PARTS else None)
+            _notes(node)[self._key] = _Note(sources, reach, {} if operation in _PARTS else None)
         found = self._reach_of(start)
         assert found is not None
         return found
@@ -112,12 +112,12 @@ class ChainLength:
         """What is known of a node's outputs as a whole; of parameters and data, that no layer comes before them."""
         if node is None or not node.next_functions:
             return _NOTHING
-        note: _Note | None = node.metadata.get(self._key)
+        note: _Note | None = _notes(node).get(self._key)
         return None if note is None else note.reach
 
     def _along(self, node: Any, place: int) -> _Reach:
         """Along an edge from the output of that place; parts of one tensor are tensors of their own."""
-        note: _Note | None = None if node is None else node.metadata.get(self._key)
+        note: _Note | None = None if node is None else _notes(node).get(self._key)
         if note is None:
             return _NOTHING
         reach = note.reach
@@ -130,6 +130,11 @@ class ChainLength:
     def __getstate__(self) -> dict[str, Any]:
         """For a copy, which finds no notes of its own."""
         return {**vars(self), "_known": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Pickles of earlier versions have less; they look anew."""
+        self.__init__()  # type: ignore[misc]
+        vars(self).update({key: value for key, value in state.items() if key in vars(self)})
 
 
 class _Reach(NamedTuple):
@@ -189,6 +194,11 @@ class _Note(NamedTuple):
     sources: _Sources
     reach: _Reach
     parts: dict[int, int] | None = None
+
+
+def _notes(node: Any) -> dict[Any, Any]:
+    notes: dict[Any, Any] = node.metadata  # declared as a method, but it is a dict
+    return notes
 
 
 def _operation(node: Any) -> str:

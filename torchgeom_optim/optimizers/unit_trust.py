@@ -22,7 +22,16 @@ from torchgeom_optim.geometry.unit_trust import (
 from torchgeom_optim.optimizers.distributed import is_sharded, local_part, part_along, whole, with_local
 from torchgeom_optim.optimizers.layers import AffineLayer
 
-__all__ = ["BARE_FLOOR", "TrustedBlock", "bare_block", "find_norms", "layer_block", "norm_block", "scale_blocks"]
+__all__ = [
+    "BARE_FLOOR",
+    "TrustedBlock",
+    "bare_block",
+    "find_norms",
+    "layer_block",
+    "norm_block",
+    "past_slope",
+    "scale_blocks",
+]
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
 # What the factor of a norm and a bare parameter are taken to be if they start at zero: a tenth, and a hundredth.
@@ -86,6 +95,8 @@ def layer_block(
     is_remembered = change_sq is None and not layer.is_called_elsewhere
     if is_remembered:
         change_sq, num_samples = state.get("slope_sq"), None
+        if change_sq is None:  # of the rule before this one: r_j^2
+            change_sq, is_remembered = state.get("change_sq"), False
     elif change_sq is None:
         change_sq = torch.zeros_like(state["spread_sq"])  # and counts for nothing
     if change_sq is None or "spread_sq" not in state:
@@ -190,7 +201,8 @@ def scale_blocks(
         if any(row.is_remembered for row in rows):
             parts = zip(rows, layers.split(slope_sq), strict=True)
             slope_sq = torch.cat([row.change_sq if row.is_remembered else part for row, part in parts])
-        past = [_past(state_of(row.owner), own) for row, own in zip(rows, layers.split(slope_sq), strict=True)]
+        split = zip(rows, layers.split(slope_sq), layers.split(spread_sq), strict=True)
+        past = [past_slope(state_of(row.owner), own, spread) for row, own, spread in split]
         expected = expected_slope(torch.cat(past), slope_sq, decay)
         slope_sq = torch.maximum(slope_sq, expected)
         scale = unit_scale(spread_sq, slope_sq, layers.spread(layers.means(slope_sq).mul_(SLOPE_SHARE)))
@@ -205,8 +217,20 @@ def scale_blocks(
                 directions[id(parameter)] = with_local(scaled, direction)
 
 
-def _past(state: Mapping[str, Any], slope_sq: Tensor) -> Tensor:
+def past_slope(state: MutableMapping[str, Any], slope_sq: Tensor, spread_sq: Tensor) -> Tensor:
+    """E[t_j^2] so far; a checkpoint of the rule before this one has E[r_j^2] in its place.
+
+    Args:
+        state: of the block's owner; what is of the other rule is taken out.
+        slope_sq: t_j^2 now, for a block without a past.
+        spread_sq: sigma_j^2 now.
+
+    Returns:
+        Shape and dtype of ``slope_sq``.
+    """
     past: Tensor | None = state.get("slope_sq")
+    if (change_sq := state.pop("change_sq", None)) is not None and change_sq.shape == spread_sq.shape:
+        past = change_sq * spread_sq
     if past is None or past.shape != slope_sq.shape:  # of another rule, or of a layer that was not heard then
         return slope_sq
     return past.to(slope_sq.dtype)

@@ -145,7 +145,7 @@ class WhiteningSGD(LayerwiseOptimizer):
 
     _input_statistics = ("input_mean", "input_variance")
     _output_statistics = ("output_grad_sq", "spread_sq", "output_mean")
-    _statistics = (*_input_statistics, *_output_statistics, "sharing", "slope_sq")
+    _statistics = (*_input_statistics, *_output_statistics, "sharing", "slope_sq", "change_sq")
 
     def __init__(
         self,
@@ -373,6 +373,17 @@ class WhiteningSGD(LayerwiseOptimizer):
         for free in layer.free_biases:
             if (buffer := self.state[free].pop("gradient_momentum", None)) is not None:
                 self.state[free]["momentum_buffer"] = layer.scale_bias(buffer, output_scale)
+
+    def _adapted(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Chains of checkpoints of the rule before this one were shorter, and of factors it knew none: look anew."""
+        by_changes = {index for index, values in state_dict["state"].items() if "change_sq" in values}
+        groups = [
+            {key: value for key, value in group.items() if key != "chain_length"}
+            if by_changes.intersection(group["params"])
+            else group
+            for group in state_dict["param_groups"]
+        ]
+        return {**state_dict, "param_groups": groups}
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything that a copy or a pickle needs."""
