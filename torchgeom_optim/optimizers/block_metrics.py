@@ -210,9 +210,10 @@ def _diagonal(part: Part, metric: str, moments: SampleMoments | None) -> Callabl
 
 
 def _or_one(damping: Tensor, factor: Tensor) -> Tensor:
-    """Damping; where a factor is zero throughout, and so its diagonal, 1 in the place of a share of nothing."""
+    """Damping; where a factor, and so its diagonal, is zero or cannot be inverted in its precision, 1 in its place."""
     on_diagonal = torch.diagonal(factor, dim1=-2, dim2=-1) if factor.dim() > 2 else factor
-    return torch.where((on_diagonal == 0).all(-1), 1.0, damping)
+    numbers = torch.finfo(factor.dtype)
+    return torch.where((on_diagonal < numbers.tiny / numbers.eps).all(-1), 1.0, damping)
 
 
 def _whitening(part: Part, *, scale_free: bool) -> WhiteningMetric:
