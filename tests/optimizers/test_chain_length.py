@@ -200,3 +200,41 @@ def test_copies_in_the_middle_of_a_pass_look_anew():
         other.step()
         torch.testing.assert_close(net.state_dict(), model.state_dict())
         assert other.state[net[0].weight]["factors"] == 2
+
+
+def plain(depth: int) -> nn.Sequential:
+    return nn.Sequential(*[part for _ in range(depth) for part in (nn.Linear(4, 4), nn.ReLU())])
+
+
+@pytest.mark.parametrize("is_copied", [False, True])
+@pytest.mark.parametrize("way", ["same group", "group of its own", "length that is given"])
+def test_layers_that_are_unfrozen_lengthen_the_chain(way, is_copied):
+    model, x = plain(8), torch.randn(16, 4)
+    body, head = list(model[:-2].parameters()), list(model[-2:].parameters())
+    for p in body:
+        p.requires_grad_(False)
+    if way == "group of its own":
+        optimizer = WhiteningSGD([{"params": head}], model=model)
+    else:
+        optimizer = WhiteningSGD(model, chain_length=5 if way == "length that is given" else None)
+
+    def step() -> list[int]:
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+        return [group["chain_length"] for group in optimizer.param_groups]
+
+    first = [5] if way == "length that is given" else [1]
+    assert [step() for _ in range(2)] == [first] * 2
+    if is_copied:
+        model, optimizer = copy.deepcopy((model, optimizer))
+        body = list(model[:-2].parameters())
+    for p in body:
+        p.requires_grad_(True)
+    if way == "group of its own":
+        optimizer.add_param_group({"params": body})
+    step()
+    assert step() == {"same group": [8], "group of its own": [8, 8], "length that is given": [5]}[way]
+    with mock.patch.object(optimizer._chain, "see") as see:
+        step()
+    see.assert_not_called()
