@@ -76,7 +76,7 @@ def fused_attention(x: torch.Tensor) -> torch.Tensor:
         (rms_norm, None),
         (gelu, None),
         (lambda x: x * torch.sigmoid(x), None),
-        (lambda x: nn.functional.glu(x, -1), None),  # one operation: what it multiplies is not seen
+        (lambda x: nn.functional.glu(x, -1), 2),
         (lambda x: x[..., :3] * torch.sigmoid(x[..., 3:]), 2),
         (lambda x: torch.mul(*x.chunk(2, -1)), 2),
         (lambda x: x @ x.mT, 2),

@@ -213,6 +213,8 @@ def _joined(operation: str, edges: Sequence[_Reach]) -> _Reach:
         return edges[0]._replace(shortest=shortest)
     first, last = _FACTORS.get("ScaledDotProduct" if operation.startswith("ScaledDotProduct") else operation, (0, 0))
     product = [edge for edge in edges[first:last] if edge.factors]
+    if operation == "Glu":  # its input's halves
+        product = [edge for edge in edges if edge.factors] * 2
     if operation in ("Mul", "Addcmul") and (len(product) < 2 or product[0].sources & product[1].sources):
         product = []
     number = min(sum(edge.factors for edge in product), _MOST_FACTORS)
