@@ -237,7 +237,9 @@ def _whitening(part: Part, *, scale_free: bool) -> WhiteningMetric:
         if spread_sq is None:
             raise _unknown_inputs()
         part.new[0]["spread_sq"] = spread_sq
-        of_outputs = spread_sq + spread_floor(spread_sq.mean(), q.mean(), part.group["damping"])
+        spread_sq = spread_sq.nan_to_num(nan=0.0, posinf=0.0)  # of outputs that overflow it says nothing
+        floor = spread_floor(spread_sq.mean(), q.mean(), part.group["damping"])
+        of_outputs = spread_sq + floor.nan_to_num_(nan=0.0, posinf=0.0)
     return WhiteningMetric(running.mean if is_centred else None, scale, of_outputs, layer.groups)
 
 

@@ -186,8 +186,8 @@ def scale_blocks(
         slope_sq = torch.cat([row.change_sq for row in rows])
         layers = Segments(sizes, slope_sq)
         largest = torch.finfo(slope_sq.dtype).max / 16
-        # A variance of infinite outputs is NaN: their unit moves by what its layer's floor lets it.
-        spread_sq = torch.cat([row.spread_sq for row in rows]).nan_to_num_(nan=0.0, posinf=largest)
+        # Of outputs that overflow the variance says nothing: their unit moves by what its layer's floor lets it.
+        spread_sq = torch.cat([row.spread_sq for row in rows]).nan_to_num_(nan=0.0, posinf=0.0)
         input_sq = torch.stack([row.input_sq for row in rows]).nan_to_num_(nan=0.0, posinf=0.0)
         floors = spread_floor(layers.means(spread_sq), input_sq)
         spread_sq = (spread_sq + layers.spread(floors)).clamp_(max=largest)
