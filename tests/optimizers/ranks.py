@@ -153,8 +153,8 @@ def far_batches() -> list[Tensor]:
 
 def gaps(case: OptimizerCase, parts: list[Tensor], parallel: Parallel = lambda model: model) -> dict[str, Tensor]:
     """In the second batch an input has missing values, which fill outputs with infinity; what is seen in the third."""
-    model = nn.Sequential(far_from_zero(), nn.Hardtanh(0.0, 2e4))
-    optimizer = case(parallel(model))
+    model = parallel(nn.Sequential(far_from_zero(), nn.Hardtanh(0.0, 2e4)))
+    optimizer = case(model)
     for step, x in enumerate(parts):
         x = torch.where(x == parts[1][0, 0], 3e38, x) if step == 1 and in_first_process() else x
         train(model, optimizer, [x], lambda y: (y - 1e4).sin().mean())
