@@ -183,21 +183,14 @@ def scale_blocks(
             row.change_sq = mean
         # The vectors of all blocks are joined, so that the number of operations hardly grows with that of the layers.
         sizes = tuple(row.change_sq.numel() for row in rows)
-        slope_sq = torch.cat([row.change_sq for row in rows])
-        layers = Segments(sizes, slope_sq)
-        largest = torch.finfo(slope_sq.dtype).max / 16
-        # Of outputs that overflow the variance says nothing: their unit moves by what its layer's floor lets it.
-        spread_sq = torch.cat([row.spread_sq for row in rows]).nan_to_num_(nan=0.0, posinf=0.0)
-        input_sq = torch.stack([row.input_sq for row in rows]).nan_to_num_(nan=0.0, posinf=0.0)
-        floors = spread_floor(layers.means(spread_sq), input_sq)
-        spread_sq = (spread_sq + layers.spread(floors)).clamp_(max=largest)
-        slope_sq *= spread_sq
-        if slope_sq.device.type == "cpu" and not math.isfinite(
-            slope_sq.sum().item()
-        ):  # nobody has to wait for it there
-            for row, is_finite in zip(rows, layers.split(slope_sq.isfinite()), strict=True):
-                _forget(row, ~is_finite, directions, state_of)
-        slope_sq.nan_to_num_(nan=torch.inf, posinf=torch.inf)
+        layers = Segments(sizes, rows[0].change_sq)
+        is_on_host = rows[0].change_sq.device.type == "cpu"
+        spread_sq, slope_sq = _spreads_and_slopes(rows, layers, may_overflow=not is_on_host)
+        if is_on_host and not math.isfinite(slope_sq.sum().item()):  # nobody has to wait for it there
+            spread_sq, slope_sq = _spreads_and_slopes(rows, layers, may_overflow=True)
+            for row, slopes in zip(rows, layers.split(slope_sq), strict=True):
+                if not row.is_remembered:
+                    _forget(row, slopes.isinf(), directions, state_of)
         if any(row.is_remembered for row in rows):
             parts = zip(rows, layers.split(slope_sq), strict=True)
             slope_sq = torch.cat([row.change_sq if row.is_remembered else part for row, part in parts])
@@ -215,6 +208,20 @@ def scale_blocks(
                 direction = directions[id(parameter)]
                 scaled = local_part(direction).mul_(_along(factor, direction, axis))
                 directions[id(parameter)] = with_local(scaled, direction)
+
+
+def _spreads_and_slopes(rows: Sequence[TrustedBlock], layers: Segments, *, may_overflow: bool) -> tuple[Tensor, Tensor]:
+    """sigma_j^2 with its floor, and t_j^2, of all rows; where numbers overflow that is finite, and this not NaN."""
+    change_sq = torch.cat([row.change_sq for row in rows])
+    spread_sq, input_sq = torch.cat([row.spread_sq for row in rows]), torch.stack([row.input_sq for row in rows])
+    if may_overflow:  # of outputs that do the variance says nothing: their unit moves by what its layer's floor lets it
+        spread_sq.nan_to_num_(nan=0.0, posinf=0.0)
+        input_sq.nan_to_num_(nan=0.0, posinf=0.0)
+    spread_sq = spread_sq + layers.spread(spread_floor(layers.means(spread_sq), input_sq))
+    if may_overflow:
+        spread_sq.clamp_(max=torch.finfo(spread_sq.dtype).max / 16)
+    slope_sq = change_sq.mul_(spread_sq)
+    return spread_sq, slope_sq.nan_to_num_(nan=torch.inf, posinf=torch.inf) if may_overflow else slope_sq
 
 
 def past_slope(state: MutableMapping[str, Any], slope_sq: Tensor, spread_sq: Tensor) -> Tensor:
