@@ -202,7 +202,7 @@ def rescaled(model: nn.Sequential, kappa: Tensor) -> nn.Sequential:
 
 @given(seed=st.integers(0, 2**16), decades=st.floats(0.0, 1.5), lr=st.sampled_from([None, 1e8]))
 def test_the_scale_of_units_changes_no_step(seed, decades, lr):
-    """Exact but for the shares of a layer's mean that are added to variances, and as long as no unit meets lr itself."""
+    """Exact but for the shares of a layer's mean added to variances, and as long as no unit meets lr itself."""
     g = torch.Generator().manual_seed(seed)
     x, y = torch.randn(16, 6, generator=g, dtype=torch.float64), torch.randint(3, (16,), generator=g)
     kappa = 10 ** (decades * (2 * torch.rand(8, generator=g, dtype=torch.float64) - 1))
@@ -481,3 +481,154 @@ def test_an_overflow_in_the_first_batches_does_not_slow_what_follows(overflowing
     first = losses[0.0][0]
     assert float(losses[1e25][-1]) < 1e-3 * first
     torch.testing.assert_close(losses[1e25] / first, losses[0.0] / first, rtol=0, atol=0.05)
+
+
+def all_finite(model: nn.Module, optimizer: torch.optim.Optimizer, *, except_for: str = "") -> bool:
+    kept = [value for state in optimizer.state.values() for key, value in state.items() if key != except_for]
+    return all(bool(value.isfinite().all()) for value in [*model.parameters(), *kept] if isinstance(value, Tensor))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("size", [1e10, 1e18])
+def test_large_outputs_without_a_slope_move_nothing(size, momentum):
+    """sigma^2 / t is beyond float32, and the direction 0."""
+    model = hidden_network().float()
+    before = copy.deepcopy(model.state_dict())
+    optimizer = WhiteningSGD(model, momentum=momentum)
+    for slope in (0.0, 1e-30):
+        optimizer.zero_grad()
+        (model(torch.randn(16, 6) * size).sin().mean() * slope).backward()
+        optimizer.step()
+        assert all_finite(model, optimizer)
+    torch.testing.assert_close(model.state_dict()["4.weight"], before["4.weight"], rtol=0, atol=1.0)
+
+
+def test_a_layer_that_is_silent_on_all_probes_waits_for_one_that_is_not():
+    model = nn.Linear(4, 3, bias=False)
+    before = model.weight.detach().clone()
+    optimizer = WhiteningSGD(model)
+    x = torch.randn(32, 4, generator=torch.Generator().manual_seed(0))
+    padded = x.clone()
+    padded[::2] = 0.0  # the ones that are looked at
+    plain_step(model, optimizer, padded)
+    torch.testing.assert_close(model.weight.detach(), before, rtol=0, atol=0)
+    plain_step(model, optimizer, x)
+    assert 1e-3 < float((model.weight - before).detach().abs().max()) < 1.0
+
+
+def test_a_unit_with_infinite_outputs_does_not_spoil_its_layer():
+    model = nn.Sequential(nn.Linear(4, 3), nn.Hardtanh(), nn.Linear(3, 2))
+    with torch.no_grad():
+        model[0].weight[0] = 3e38
+    before = model[0].weight.detach().clone()
+    optimizer = WhiteningSGD(model)
+    x = torch.randn(16, 4, generator=torch.Generator().manual_seed(0)).abs() + 4
+    for _ in range(2):
+        plain_step(model, optimizer, x)
+        assert all_finite(model, optimizer, except_for="spread_sq")
+    moved = (model[0].weight - before).detach()[1:]
+    assert 1e-4 < float(moved.abs().max()) < 1.0
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_directions_that_overflow_move_nothing_and_leave_no_momentum(momentum):
+    model = hidden_network().float()
+    optimizer = WhiteningSGD(model, momentum=momentum)
+    x = torch.randn(16, 6, generator=torch.Generator().manual_seed(0)) * 1e-6
+    before = copy.deepcopy(model.state_dict())
+    (model(x).sin().sum() * 1e37).backward()
+    assert all(bool(p.grad.isfinite().all()) for p in model.parameters())
+    optimizer.step()
+    assert all_finite(model, optimizer)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=1e-6)
+    for _ in range(3):
+        plain_step(model, optimizer, x)
+    for name, p in model.named_parameters():
+        assert 1e-12 < float((p - before[name]).detach().abs().max()) < 100, name
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_batch_of_inputs_whose_squares_overflow_is_passed_over(is_first):
+    """As missing values of 1e20 are, which some formats fill gaps with."""
+    model = hidden_network().float()
+    x = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
+    filled = x.clone()
+    filled[3, 2] = 1e20
+    optimizer = WhiteningSGD(model)
+    for batch in (filled, x) if is_first else (x, filled, x):
+        plain_step(model, optimizer, batch)
+    assert all_finite(model, optimizer)
+    before = model[0].weight.detach().clone()
+    plain_step(model, optimizer, x)
+    assert 1e-4 < float((model[0].weight - before).detach().abs().max()) < 1.0
+
+
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm = nn.Embedding(6, 4, sparse=True), nn.LayerNorm(4)
+        self.gate, self.value, self.last = nn.Linear(4, 5), nn.Linear(4, 5), nn.Linear(5, 3)
+        self.bare = nn.Parameter(torch.ones(3))
+
+    def forward(self, tokens: Tensor, *, is_called: bool = True) -> Tensor:
+        x = self.norm(self.embed(tokens))
+        last = self.last if is_called else lambda x: nn.functional.linear(x, self.last.weight, self.last.bias)
+        return self.bare * last(self.gate(x).sigmoid() * self.value(x))
+
+
+def of_the_rule_before(optimizer: WhiteningSGD) -> dict:
+    """E[r_j^2], by which the rule went before it went by slopes, without factors; chains were shorter."""
+    state_dict = copy.deepcopy(optimizer.state_dict())
+    for values in state_dict["state"].values():
+        values.pop("factors", None)
+        if "slope_sq" in values:
+            values["change_sq"] = torch.full_like(values.pop("slope_sq"), 1e6)
+    state_dict["param_groups"][0] |= {"chain_length": 2, "damping": 0.01}
+    return state_dict
+
+
+def test_a_checkpoint_of_the_rule_before_this_one_is_taken_up():
+    tokens = torch.randint(6, (32,), generator=torch.Generator().manual_seed(0))
+    model = Gated()
+    optimizer = WhiteningSGD(model)
+    plain_step(model, optimizer, tokens)
+    given = of_the_rule_before(optimizer)
+    before = copy.deepcopy(given)
+    resumed = WhiteningSGD(model)
+    resumed.load_state_dict(given)
+    assert given["param_groups"] == before["param_groups"]
+    torch.testing.assert_close(given["state"], before["state"])
+    plain_step(model, resumed, tokens)
+    assert not any("change_sq" in values for values in resumed.state.values())
+    for layer in (model.gate, model.value, model.last):
+        state = resumed.state[layer.weight]
+        torch.testing.assert_close(state["slope_sq"], 0.95e6 * state["spread_sq"], rtol=0.05, atol=0.0)
+    spread_sq = 0.01 * (model.norm.weight.detach().square() + 0.01)
+    torch.testing.assert_close(resumed.state[model.norm.weight]["slope_sq"], 0.95e6 * spread_sq, rtol=0.05, atol=0.0)
+    for p in (model.bare, model.embed.weight):
+        mean_sq = p.detach().square().mean()[None]
+        torch.testing.assert_close(resumed.state[p]["slope_sq"], 0.95e6 * mean_sq, rtol=0.05, atol=0.0)
+    assert [resumed.state[p].get("factors") for p in (model.gate.weight, model.value.weight)] == [2, 2]
+    assert (resumed.param_groups[0]["chain_length"], resumed.param_groups[0]["damping"]) == (3, 0.01)
+
+
+def test_a_length_that_is_given_outlives_such_a_checkpoint():
+    model, tokens = Gated(), torch.arange(6)
+    optimizer = WhiteningSGD(model)
+    plain_step(model, optimizer, tokens)
+    resumed = WhiteningSGD(model, chain_length=7)
+    resumed.load_state_dict(of_the_rule_before(optimizer))
+    assert resumed.param_groups[0]["chain_length"] == 7
+
+
+def test_a_layer_that_sits_out_the_first_step_goes_by_such_a_checkpoint():
+    model, tokens = Gated(), torch.arange(6)
+    optimizer = WhiteningSGD(model)
+    plain_step(model, optimizer, tokens)
+    resumed = WhiteningSGD(model)
+    resumed.load_state_dict(of_the_rule_before(optimizer))
+    resumed.zero_grad()
+    model(tokens, is_called=False).square().mean().backward()
+    resumed.step()
+    state = resumed.state[model.last.weight]
+    torch.testing.assert_close(state["slope_sq"], 1e6 * state["spread_sq"], rtol=0.05, atol=0.0)

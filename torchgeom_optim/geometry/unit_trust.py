@@ -49,7 +49,7 @@ def spread_floor(mean_spread_sq: Tensor, input_sq: Tensor, share: float = _SPREA
 def expected_slope(past: Tensor, slope_sq: Tensor, decay: float) -> Tensor:
     """E[t_j^2], a running average that no batch can fill with infinity.
 
-    Where t_j^2 itself overflows (float32: gradients of 1e20) the step is 0 and the average stays what it was. If there
+    Where t_j^2 itself is infinite (float32: slopes of 1e20) the step is 0 and the average stays what it was. If there
     is none yet it is put at its bound, a sixteenth of the largest number, with which means over a layer are finite; an
     average at the bound has seen nothing to go by and begins with the next batch, as if that were the first.
 
@@ -90,4 +90,7 @@ def unit_scale(spread_sq: Tensor, slope_sq: Tensor, floor: Tensor) -> Tensor:
         >>> unit_scale(torch.tensor([4.0, 1.0]), torch.tensor([16.0, 4.0]), torch.tensor(0.0))
         tensor([1.0000, 0.5000])
     """
-    return (slope_sq + floor).clamp_(min=torch.finfo(slope_sq.dtype).tiny).rsqrt_().mul_(spread_sq)
+    numbers = torch.finfo(slope_sq.dtype)
+    slope_sq = slope_sq + floor
+    slope_sq.masked_fill_(slope_sq == 0, torch.inf)
+    return slope_sq.clamp_(min=numbers.tiny).rsqrt_().mul_(spread_sq).clamp_(max=numbers.max)

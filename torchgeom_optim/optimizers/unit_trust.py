@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,16 @@ from torchgeom_optim.geometry.unit_trust import (
 from torchgeom_optim.optimizers.distributed import is_sharded, local_part, part_along, whole, with_local
 from torchgeom_optim.optimizers.layers import AffineLayer
 
-__all__ = ["BARE_FLOOR", "TrustedBlock", "bare_block", "find_norms", "layer_block", "norm_block", "scale_blocks"]
+__all__ = [
+    "BARE_FLOOR",
+    "TrustedBlock",
+    "bare_block",
+    "find_norms",
+    "layer_block",
+    "norm_block",
+    "past_slope",
+    "scale_blocks",
+]
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
 # What the factor of a norm and a bare parameter are taken to be if they start at zero: a tenth, and a hundredth.
@@ -85,6 +95,8 @@ def layer_block(
     is_remembered = change_sq is None and not layer.is_called_elsewhere
     if is_remembered:
         change_sq, num_samples = state.get("slope_sq"), None
+        if change_sq is None:  # of the rule before this one: r_j^2
+            change_sq, is_remembered = state.get("change_sq"), False
     elif change_sq is None:
         change_sq = torch.zeros_like(state["spread_sq"])  # and counts for nothing
     if change_sq is None or "spread_sq" not in state:
@@ -171,16 +183,19 @@ def scale_blocks(
             row.change_sq = mean
         # The vectors of all blocks are joined, so that the number of operations hardly grows with that of the layers.
         sizes = tuple(row.change_sq.numel() for row in rows)
-        slope_sq = torch.cat([row.change_sq for row in rows])
-        layers = Segments(sizes, slope_sq)
-        spread_sq = torch.cat([row.spread_sq for row in rows])
-        floors = spread_floor(layers.means(spread_sq), torch.stack([row.input_sq for row in rows]))
-        spread_sq = (spread_sq + layers.spread(floors)).clamp_(max=torch.finfo(spread_sq.dtype).max / 16)
-        slope_sq *= spread_sq
+        layers = Segments(sizes, rows[0].change_sq)
+        is_on_host = rows[0].change_sq.device.type == "cpu"
+        spread_sq, slope_sq = _spreads_and_slopes(rows, layers, may_overflow=not is_on_host)
+        if is_on_host and not math.isfinite(slope_sq.sum().item()):  # nobody has to wait for it there
+            spread_sq, slope_sq = _spreads_and_slopes(rows, layers, may_overflow=True)
+            for row, slopes in zip(rows, layers.split(slope_sq), strict=True):
+                if not row.is_remembered:
+                    _forget(row, slopes.isinf(), directions, state_of)
         if any(row.is_remembered for row in rows):
             parts = zip(rows, layers.split(slope_sq), strict=True)
             slope_sq = torch.cat([row.change_sq if row.is_remembered else part for row, part in parts])
-        past = [_past(state_of(row.owner), own) for row, own in zip(rows, layers.split(slope_sq), strict=True)]
+        split = zip(rows, layers.split(slope_sq), layers.split(spread_sq), strict=True)
+        past = [past_slope(state_of(row.owner), own, spread) for row, own, spread in split]
         expected = expected_slope(torch.cat(past), slope_sq, decay)
         slope_sq = torch.maximum(slope_sq, expected)
         scale = unit_scale(spread_sq, slope_sq, layers.spread(layers.means(slope_sq).mul_(SLOPE_SHARE)))
@@ -190,23 +205,61 @@ def scale_blocks(
         for row, own, factor in zip(rows, layers.split(expected), layers.split(scale), strict=True):
             state_of(row.owner)["slope_sq"] = own
             for parameter, axis in row.parts:
-                directions[id(parameter)] = _scaled(directions[id(parameter)], factor, axis)
+                direction = directions[id(parameter)]
+                scaled = local_part(direction).mul_(_along(factor, direction, axis))
+                directions[id(parameter)] = with_local(scaled, direction)
 
 
-def _past(state: Mapping[str, Any], slope_sq: Tensor) -> Tensor:
+def _spreads_and_slopes(rows: Sequence[TrustedBlock], layers: Segments, *, may_overflow: bool) -> tuple[Tensor, Tensor]:
+    """sigma_j^2 with its floor, and t_j^2, of all rows; where numbers overflow that is finite, and this not NaN."""
+    change_sq = torch.cat([row.change_sq for row in rows])
+    spread_sq, input_sq = torch.cat([row.spread_sq for row in rows]), torch.stack([row.input_sq for row in rows])
+    if may_overflow:  # of outputs that do the variance says nothing: their unit moves by what its layer's floor lets it
+        spread_sq.nan_to_num_(nan=0.0, posinf=0.0)
+        input_sq.nan_to_num_(nan=0.0, posinf=0.0)
+    spread_sq = spread_sq + layers.spread(spread_floor(layers.means(spread_sq), input_sq))
+    if may_overflow:
+        spread_sq.clamp_(max=torch.finfo(spread_sq.dtype).max / 16)
+    slope_sq = change_sq.mul_(spread_sq)
+    return spread_sq, slope_sq.nan_to_num_(nan=torch.inf, posinf=torch.inf) if may_overflow else slope_sq
+
+
+def past_slope(state: MutableMapping[str, Any], slope_sq: Tensor, spread_sq: Tensor) -> Tensor:
+    """E[t_j^2] so far; a checkpoint of the rule before this one has E[r_j^2] in its place.
+
+    Args:
+        state: of the block's owner; what is of the other rule is taken out.
+        slope_sq: t_j^2 now, for a block without a past.
+        spread_sq: sigma_j^2 now.
+
+    Returns:
+        Shape and dtype of ``slope_sq``.
+    """
     past: Tensor | None = state.get("slope_sq")
+    if (change_sq := state.pop("change_sq", None)) is not None and change_sq.shape == spread_sq.shape:
+        past = change_sq * spread_sq
     if past is None or past.shape != slope_sq.shape:  # of another rule, or of a layer that was not heard then
         return slope_sq
     return past.to(slope_sq.dtype)
 
 
-def _scaled(direction: Tensor, factor: Tensor, axis: int | None) -> Tensor:
+def _forget(
+    row: TrustedBlock, units: Tensor, directions: _Directions, state_of: Callable[[Tensor], Mapping[str, Any]]
+) -> None:
+    """Put directions of units to 0, which may be infinite or NaN, and with them what is kept as momentum."""
+    for parameter, axis in row.parts:
+        direction = directions[id(parameter)]
+        for tensor in (direction, state_of(parameter).get("momentum_buffer")):
+            if tensor is not None:
+                local_part(tensor).masked_fill_(_along(units, direction, axis), 0.0)
+
+
+def _along(units: Tensor, direction: Tensor, axis: int | None) -> Tensor:
+    """A number for each unit, to broadcast against what this process has of a direction."""
     if axis is None:
-        return direction.mul_(factor.view(()))
-    if axis == 0 and factor.numel() == direction.numel():
-        factor = factor.view(direction.shape)
+        return units.view(())
+    if axis == 0 and units.numel() == direction.numel():
+        units = units.view(direction.shape)
     else:
-        factor = factor.view([-1 if k == axis else 1 for k in range(direction.dim())])
-    if is_sharded(direction):
-        return with_local(local_part(direction).mul_(part_along(factor, direction)), direction)
-    return direction.mul_(factor)
+        units = units.view([-1 if k == axis else 1 for k in range(direction.dim())])
+    return part_along(units, direction) if is_sharded(direction) else units
