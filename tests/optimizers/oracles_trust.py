@@ -34,6 +34,7 @@ class TrustedReference:
             - "centred": inputs' means are moved out of weights even where no bias can take them up
             - "one_group": of a grouped convolution all units see the statistics of the first group
             - "momentum_outside": momentum of the scaled directions
+            - "long_momentum": the bound is the same with and without momentum
             - "whole_norms": normalisations move by the full share
             - "no_chain": the radius is not shared
     """
@@ -42,8 +43,9 @@ class TrustedReference:
         self.model, self.fault = model, fault
         self.lr = rho if lr is None else lr
         self.share = 1.0 if fault == "no_chain" else 1 / max(length, 4)
-        self.kappa = None if lr is None else rho * self.share / lr
         self.hyper = {"momentum": 0.0, "dampening": 0.0, "nesterov": False, "weight_decay": 0.0, **hyper}
+        self.share *= 1.0 if fault == "long_momentum" else 1 - self.hyper["momentum"]
+        self.kappa = None if lr is None else rho * self.share / lr
         self.averages: dict[Tensor, tuple[Tensor, Tensor]] = {}
         self.expected: dict[Tensor, Tensor] = {}
         self.buffers: dict[Tensor, Tensor] = {}

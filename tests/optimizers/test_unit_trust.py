@@ -137,6 +137,7 @@ FAULTS = {
     "one_group": (Grouped, {}),
     "one_call": (Repeated, {}),
     "momentum_outside": (Repeated, NESTEROV),
+    "long_momentum": (Plain, MOMENTUM),
     "whole_norms": (Repeated, {}),
     "no_chain": (Grouped, {"lr": 0.5}),
 }
@@ -148,6 +149,41 @@ def test_another_rule_leads_elsewhere(fault):
     ours, theirs = side_by_side(5, fault, build, **settings)
     with pytest.raises(AssertionError):
         torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=1e-3, atol=1e-6)
+
+
+def test_a_momentum_that_leaves_nothing_of_the_bound_is_refused():
+    model = deep_network()
+    with pytest.raises(ValueError, match=r"momentum=1.0.*must be in \[0, 1\).*none is needed"):
+        WhiteningSGD(model, momentum=1.0)
+    WhiteningSGD(model, momentum=1.0, rule="whitening")
+
+
+@pytest.mark.parametrize("cycles", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"lr": 0.1}], ids=str)
+def test_momentum_makes_no_training_run_away(settings, cycles):
+    torch.manual_seed(0)
+    model, x = (
+        nn.Sequential(nn.Linear(20, 50), nn.ReLU(), nn.Linear(50, 50), nn.ReLU(), nn.Linear(50, 5)),
+        torch.randn(640, 20),
+    )
+    y = (x @ torch.randn(20, 5)).argmax(1)
+    optimizer = WhiteningSGD(model, momentum=0.9, **settings)
+    lr, schedulers = optimizer.param_groups[0]["lr"], torch.optim.lr_scheduler
+    if cycles:  # of momentum, too
+        scheduler = schedulers.OneCycleLR(optimizer, lr, total_steps=100)
+    else:
+        scheduler = schedulers.LinearLR(optimizer, 1.0, 0.0, total_iters=100)
+    losses = []
+    for step in range(100):
+        optimizer.zero_grad()
+        batch = slice(64 * (step % 10), 64 * (step % 10) + 64)
+        loss = nn.functional.cross_entropy(model(x[batch]), y[batch])
+        loss.backward()
+        losses.append(loss.item())
+        optimizer.step()
+        scheduler.step()
+    assert max(losses) < 1.5 * losses[0]
+    assert losses[-1] < 0.3 * losses[0]
 
 
 @pytest.mark.parametrize("settings", [{}, {"lr": 0.3}], ids=str)
@@ -202,7 +238,7 @@ def rescaled(model: nn.Sequential, kappa: Tensor) -> nn.Sequential:
 
 @given(seed=st.integers(0, 2**16), decades=st.floats(0.0, 1.5), lr=st.sampled_from([None, 1e8]))
 def test_the_scale_of_units_changes_no_step(seed, decades, lr):
-    """Exact but for the shares of a layer's mean added to variances, and as long as no unit meets lr itself."""
+    """Exact but for the shares of a layer's mean that are added to variances, while no unit meets lr itself."""
     g = torch.Generator().manual_seed(seed)
     x, y = torch.randn(16, 6, generator=g, dtype=torch.float64), torch.randint(3, (16,), generator=g)
     kappa = 10 ** (decades * (2 * torch.rand(8, generator=g, dtype=torch.float64) - 1))

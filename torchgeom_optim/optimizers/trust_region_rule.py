@@ -165,7 +165,8 @@ def _bounded_alone(parameter: Tensor, group: Mapping[str, Any], state: dict[str,
 
 def _bounded(group: Mapping[str, Any], scale: Tensor) -> Tensor:
     """From c_j to the factor of a direction: min(1, kappa c_j) with kappa = rho / lr_0, or c_j where lr is rho."""
-    radius = 1.0 / max(group["chain_length"] or 1, _SHORT_CHAIN)
+    # A gradient is stepped along for 1 / (1 - momentum) steps, each as long as the bound: in all it moves as without.
+    radius = max(1.0 - group["momentum"], 0.0) / max(group["chain_length"] or 1, _SHORT_CHAIN)
     if group["reference_lr"] is None:
         return scale.mul_(radius)
     bounded: Tensor = (scale * (radius * group["trust_radius"] / group["reference_lr"])).clamp_(max=1.0)

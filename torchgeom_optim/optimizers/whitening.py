@@ -53,7 +53,8 @@ class WhiteningSGD(LayerwiseOptimizer):
     times the root of the number of layers where there are skip connections, 4 at least; times the number of factors
     where outputs of layers are multiplied (3 for queries, keys and values), see
     :class:`~torchgeom_optim.optimizers.chain_length.ChainLength`. Any scheduler of lr moves the bound with it, a
-    warm-up too; let lr decay to 0 over the run. Momentum and Nesterov's lie inside the bound, weight decay outside.
+    warm-up too; let lr decay to 0 over the run. Momentum and Nesterov's lie inside the bound and make it 1 - momentum
+    times as large, so that a gradient moves as much in all as without; none is needed. Weight decay lies outside.
     Channels of normalisations (a tenth of rho) and other parameters (as a whole) move by a share of their own size.
 
     Source: Lafond, Vasilache and Bottou 2017, "Diagonal rescaling for neural networks", Eqs. (3), (5), (11), (12),
@@ -66,7 +67,7 @@ class WhiteningSGD(LayerwiseOptimizer):
 
     Four ways in: ``WhiteningSGD(model)``, without a learning rate; ``WhiteningSGD(model, lr)``;
     ``WhiteningSGD(groups, lr, model=model)`` with whatever parameter groups a training script has;
-    ``WhiteningSGD(params, lr)`` without a model, which is ``torch.optim.SGD`` exactly.
+    ``WhiteningSGD(params, lr)`` without a model, which is ``torch.optim.SGD`` exactly and warns unless ``rule="sgd"``.
 
     Rules (``rule``, also a key of a parameter group; the group of a layer's weight decides for the layer):
 
@@ -106,9 +107,10 @@ class WhiteningSGD(LayerwiseOptimizer):
         params: a model, or parameters or groups of them as for any optimizer (named ones too).
         lr: learning rate, a number or a tensor of one element, in [0, inf); None for the trust region alone (0.1 for
             groups with another rule, or without a model).
-        momentum: in [0, inf).
+        momentum: in [0, inf), below 1 for the trust region, which trains as well without.
         dampening: finite.
-        weight_decay: in [0, inf), per unit of lr, added after whitening.
+        weight_decay: in [0, inf), per unit of lr (which begins with ``trust_radius``, 1, if it is None), added after
+            whitening. Of AdamW's or SGD's take lr * weight_decay.
         nesterov: as in SGD; needs momentum and zero dampening.
         model: the module that the parameters belong to; without it, everything takes a plain SGD step.
         rule: see above.
@@ -201,6 +203,8 @@ class WhiteningSGD(LayerwiseOptimizer):
         if group["lr"] is not None:
             check_range(group, "lr", where, hint="0.1 is a common start, 0.03 with momentum 0.9.")
         check_sgd_settings(group, where)
+        if group["rule"] == "trust_region" and self._model is not None:  # whose bound is 1 - momentum times as large
+            check_range(group, "momentum", where, high=1.0, hint="0 is the default; none is needed.")
         check_range(group, "decay", where, high=1.0, hint="0.95 averages over about 20 steps.")
         if group["damping"] is not None:
             check_range(group, "damping", where, hint="None is the default; 0.01 is a common start.")
