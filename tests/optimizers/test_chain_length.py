@@ -31,11 +31,11 @@ class Skipping(nn.Module):
 @pytest.mark.parametrize(
     ("build", "shape", "length"),
     [
-        (lambda: nn.Linear(3, 2), (4, 3), 1),
+        (lambda: nn.Linear(3, 2), (4, 3), 2),
         (Skipping, (3, 3), 4),
-        (lenet, (2, 3, 32, 32), 5),
-        (mlp_deep, (2, 784), 10),
-        (resnet8, (2, 3, 8, 8), 5),  # of ten layers
+        (lenet, (2, 3, 32, 32), 10),
+        (mlp_deep, (2, 784), 20),
+        (resnet8, (2, 3, 8, 8), 8),  # of ten layers, four of them on the shortest path
         (resnet20, (2, 3, 8, 8), 8),  # of 22
     ],
 )

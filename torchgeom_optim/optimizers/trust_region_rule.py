@@ -96,7 +96,9 @@ class TrustRegionRule:
                 directions,
                 state.__getitem__,
                 partial(_bounded, group),
+                lr=group["lr"],
                 decay=group["decay"],
+                maximize=group["maximize"],
                 mean_over_ranks=ranks.means,
             )
 

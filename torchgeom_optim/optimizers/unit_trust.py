@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchgeom_optim.geometry.moments import at_least_float32
+from torchgeom_optim.geometry.moments import Moments, at_least_float32
 from torchgeom_optim.geometry.segments import Segments, constants
 from torchgeom_optim.geometry.unit_trust import (
     SLOPE_SHARE,
     expected_slope,
     spread_floor,
+    turned_back,
     unit_scale,
 )
 from torchgeom_optim.optimizers.distributed import is_sharded, local_part, part_along, whole, with_local
@@ -55,6 +56,7 @@ class TrustedBlock:
         num_samples: that r_j was measured on in this process, maybe none; None for what is known without measuring.
         is_remembered: whether there are slopes in ``change_sq``.
         factors: how many factors there are where outputs of the layer are multiplied, which share the radius.
+        change_mean: E[d_j . x] where units are turned; None where they are not.
     """
 
     owner: Tensor
@@ -65,6 +67,7 @@ class TrustedBlock:
     num_samples: int | None = None
     is_remembered: bool = False
     factors: int = 1
+    change_mean: Tensor | None = None
 
 
 def layer_block(
@@ -90,20 +93,30 @@ def layer_block(
     complete = {id(p): whole(directions[id(p)]) for p, _ in parts}
     if (spread := layer.output_spread_sq()) is not None:
         state["spread_sq"] = spread
-    num_samples: int | None
-    change_sq, num_samples = layer.measured_change(complete)
-    is_remembered = change_sq is None and not layer.is_called_elsewhere
-    if is_remembered:
-        change_sq, num_samples = state.get("slope_sq"), None
-        if change_sq is None:  # of the rule before this one: r_j^2
-            change_sq, is_remembered = state.get("change_sq"), False
-    elif change_sq is None:
-        change_sq = torch.zeros_like(state["spread_sq"])  # and counts for nothing
+    change = layer.measured_change(complete)
+    if change is None and layer.is_called_elsewhere:  # what this process has counts for nothing
+        change = Moments(0, *(torch.zeros_like(state["spread_sq"]) for _ in range(2)))
+    change_sq: Tensor | None
+    is_remembered = False
+    if change is not None:
+        change_sq = torch.addcmul(change.variance, change.mean, change.mean)
+    elif (change_sq := state.get("slope_sq")) is not None:
+        is_remembered = True
+    else:
+        change_sq = state.get("change_sq")  # of the rule before this one: r_j^2
     if change_sq is None or "spread_sq" not in state:
         return None
-    factors = state.get("factors", 1)
     return TrustedBlock(
-        layer.weight, parts, change_sq, state["spread_sq"], input_sq, num_samples, is_remembered, factors
+        layer.weight,
+        parts,
+        change_sq,
+        state["spread_sq"],
+        input_sq,
+        num_samples=None if change is None else change.count,
+        is_remembered=is_remembered,
+        factors=state.get("factors", 1),
+        # Rows of an embedding stay as they are while their token is not seen.
+        change_mean=None if change is None or layer.is_embedding else change.mean,
     )
 
 
@@ -160,27 +173,28 @@ def scale_blocks(
     state_of: Callable[[Tensor], MutableMapping[str, Any]],
     bound: Callable[[Tensor], Tensor],
     *,
+    lr: float | Tensor,
     decay: float,
+    maximize: bool,
     mean_over_ranks: Callable[[Sequence[Tensor], Sequence[float]], list[Tensor]],
 ) -> None:
-    """Scale the directions of all blocks to the trust region, in place, and keep E[t_j^2].
+    """Scale the directions of all blocks to the trust region, turn them back, in place, and keep E[t_j^2].
 
     Args:
-        blocks: alike in everything that ``bound`` and ``decay`` depend on.
+        blocks: alike in everything that the other arguments depend on.
         directions: by the id of a parameter.
         state_of: the state of a parameter.
         bound: from c_j to the factor that a direction is multiplied by.
+        lr: by which the result will be multiplied.
         decay: of the running average of t_j^2.
+        maximize: whether it will be added.
         mean_over_ranks: of what every process has measured, and on how many samples.
     """
     alike: dict[tuple[torch.dtype, torch.device], list[TrustedBlock]] = defaultdict(list)
     for block in blocks:
         alike[block.change_sq.dtype, block.change_sq.device].append(block)
     for rows in alike.values():
-        measured = [row for row in rows if row.num_samples is not None]
-        means = mean_over_ranks([row.change_sq for row in measured], [row.num_samples or 0 for row in measured])
-        for row, mean in zip(measured, means, strict=True):
-            row.change_sq = mean
+        _average(rows, mean_over_ranks)
         # The vectors of all blocks are joined, so that the number of operations hardly grows with that of the layers.
         sizes = tuple(row.change_sq.numel() for row in rows)
         layers = Segments(sizes, rows[0].change_sq)
@@ -202,12 +216,37 @@ def scale_blocks(
         if any(row.factors > 1 for row in rows):
             scale /= layers.spread(constants(tuple(row.factors for row in rows), scale.dtype, scale.device))
         scale = bound(scale)
-        for row, own, factor in zip(rows, layers.split(expected), layers.split(scale), strict=True):
+        back = turned_back(spread_sq, _change_variance(rows), scale, lr)
+        units = zip(rows, layers.split(expected), layers.split(scale), layers.split(back), strict=True)
+        for row, own, factor, turn in units:
             state_of(row.owner)["slope_sq"] = own
             for parameter, axis in row.parts:
                 direction = directions[id(parameter)]
                 scaled = local_part(direction).mul_(_along(factor, direction, axis))
+                if row.change_mean is not None:
+                    scaled.addcmul_(local_part(parameter), _along(turn, direction, axis), value=-1 if maximize else 1)
                 directions[id(parameter)] = with_local(scaled, direction)
+
+
+def _average(
+    rows: Sequence[TrustedBlock], mean_over_ranks: Callable[[Sequence[Tensor], Sequence[float]], list[Tensor]]
+) -> None:
+    """Put what all processes have measured in the place of what this one has."""
+    measured = [row for row in rows if row.num_samples is not None]
+    turned = [row for row in measured if row.change_mean is not None]
+    tensors = [row.change_sq for row in measured] + [row.change_mean for row in turned if row.change_mean is not None]
+    means = iter(mean_over_ranks(tensors, [row.num_samples or 0 for row in (*measured, *turned)]))
+    for row in measured:
+        row.change_sq = next(means)
+    for row in turned:
+        row.change_mean = next(means)
+
+
+def _change_variance(rows: Sequence[TrustedBlock]) -> Tensor:
+    """var[d_j . x] of all rows; of those that are not turned it means nothing."""
+    change_sq = torch.cat([row.change_sq for row in rows])
+    mean = torch.cat([row.change_sq if row.change_mean is None else row.change_mean for row in rows])
+    return change_sq.addcmul_(mean, mean, value=-1).clamp_(min=0.0)
 
 
 def _spreads_and_slopes(rows: Sequence[TrustedBlock], layers: Segments, *, may_overflow: bool) -> tuple[Tensor, Tensor]:
