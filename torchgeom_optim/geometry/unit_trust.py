@@ -10,7 +10,8 @@ the share s_j r_j / sigma_j and the slope t_j are numbers that no rescaling of u
 
     c_j = sigma_j^2 / sqrt(max(t_j^2, E[t_j^2]) + floor)
 
-moves y_j by its own spread at most, and by less as the slope becomes less than usual.
+moves y_j by its own spread at most, and by less as the slope becomes less than usual. Moves by noise make spreads
+grow all the same, step by step; part of that is taken back (:func:`turned_back`).
 
 Source: Lafond, Vasilache and Bottou 2017, "Diagonal rescaling for neural networks", leave open what to do where the
 running statistics are wrong by orders of magnitude (§4.4). The bound is ours; it is Eq. (11) of that paper for a block
@@ -30,9 +31,9 @@ SLOPE_SHARE = 0.01
 _SPREAD_SHARE = 0.001
 # And a layer without any, of weights that start at zero, as one that has a tenth of its inputs' size.
 _STILL_SHARE = 0.01
-# How much of the spread that steps of noise add is taken back. Final losses with none, half and all of it, and the largest
-# loss of a batch on the way: lenet .007, .05, .17; char_gpt 1.94, 1.64, 1.62; resnet20 .07, .22, .50 (1.6, 1.05 and 1.04
-# times the first); mlp_deep, at twice the radius, .005, .003, .005 (32, 1.6 and 1.0 times).
+# How much of the spread that steps of noise add is taken back. Final losses with none, half and all of it, and the
+# largest loss of a batch on the way: lenet .007, .05, .17; char_gpt 1.94, 1.64, 1.62; resnet20 .07, .22, .50 (1.6, 1.05
+# and 1.04 times the first); mlp_deep, at twice the radius, .005, .003, .005 (32, 1.6 and 1.0 times).
 _TAKEN_BACK = 0.5
 
 

@@ -30,10 +30,10 @@ class ChainLength:
     """How many layers a signal has to pass, and how many layers' outputs are multiplied with each other.
 
     The moves of layers in a row add up, those beside skip connections like random numbers: a plain network of 10 layers
-    has length 10, a residual one of n layers 1.5 sqrt(n), or the shortest path from the last layer called back to the
-    inputs (stem, projections, head) if that is longer. The moves of the factors of a product add up too: attention is
-    a product of queries, keys and values, a gated unit one of two parts. A number times a function of itself (SiLU) is
-    no such product. Products that no layer follows are not seen.
+    has length 20, a residual one of n layers 1.5 sqrt(n), or twice the shortest path from the last layer called back to
+    the inputs (stem, projections, head) if that is longer. The moves of the factors of a product add up too: attention
+    is a product of queries, keys and values, a gated unit one of two parts. A number times a function of itself (SiLU)
+    is no such product. Products that no layer follows are not seen.
 
     Every operation is looked at once, however many layers' inputs it leads to: what was found is written into its node.
 

@@ -49,11 +49,14 @@ class WhiteningSGD(LayerwiseOptimizer):
         or, where lr is given,          c_j = min(1, kappa sigma_j^2 / ...) with kappa = rho / (lr at the start)
 
     with beta_j = 1, as the bound does what Eq. (12) is for: from lr = 0.1 on it hardly matters which lr it is.
-    L shares the radius among moves that add up, as autograd's graph shows them: the number of layers in a row, 1.5
-    times the root of the number of layers where there are skip connections, 4 at least; times the number of factors
+    L shares the radius among moves that add up, as autograd's graph shows them: twice the number of layers in a row, or
+    1.5 times the root of the number of layers where there are skip connections, 4 at least; times the number of factors
     where outputs of layers are multiplied (3 for queries, keys and values), see
-    :class:`~torchgeom_optim.optimizers.chain_length.ChainLength`. Any scheduler of lr moves the bound with it, a
-    warm-up too; let lr decay to 0 over the run. Momentum and Nesterov's lie inside the bound and make it 1 - momentum
+    :class:`~torchgeom_optim.optimizers.chain_length.ChainLength`. Units turn more than they grow: half of the spread
+    that steps of noise add is taken back with the step, as a decay of the unit's weights by theta_j^2 / 4 for a move by
+    theta_j sigma_j (:func:`~torchgeom_optim.geometry.unit_trust.turned_back`; not of embeddings). Any scheduler of lr
+    moves the bound with it, a warm-up too; let lr decay to 0 over the run. Momentum and Nesterov's lie inside the
+    bound and make it 1 - momentum
     times as large, so that a gradient moves as much in all as without; none is needed. Weight decay lies outside.
     Channels of normalisations (a tenth of rho) and other parameters (as a whole) move by a share of their own size.
 
