@@ -54,6 +54,7 @@ class WhiteningSGD(LayerwiseOptimizer):
     where outputs of layers are multiplied (3 for queries, keys and values), see
     :class:`~torchgeom_optim.optimizers.chain_length.ChainLength`. Any scheduler of lr moves the bound with it, a
     warm-up too; let lr decay to 0 over the run. Momentum and Nesterov's lie inside the bound, weight decay outside.
+    From one step to the next sigma_j is taken for 16 times as large at most, lest a single sample set the step.
     Channels of normalisations (a tenth of rho) and other parameters (as a whole) move by a share of their own size.
 
     Source: Lafond, Vasilache and Bottou 2017, "Diagonal rescaling for neural networks", Eqs. (3), (5), (11), (12),
@@ -88,8 +89,9 @@ class WhiteningSGD(LayerwiseOptimizer):
     The bias of a layer belongs into a group with the learning rate of its weight: db moves the inputs' mean out of dW.
 
     Memory: two vectors of the length of a layer's input per layer (``"whitening_second_order"``: and one of its
-    output, ``"trust_region"``: two), in float32 or better, in ``state`` beside the weight; until the step, copies of 16
-    of a layer's inputs, or of 2 images, and until the backward pass one of its outputs (of an image's, some positions).
+    output, ``"trust_region"``: three), in float32 or better, in ``state`` beside the weight; until the step, copies of
+    16 of a layer's inputs, or of 2 images, and until the backward pass one of its outputs (of an image's, some
+    positions).
 
     A call of a layer counts if a backward pass reaches its output, whatever ``training`` says. With a
     ``GradScaler`` a skipped step leaves the statistics as they were; ``"whitening_second_order"`` has to be told its
@@ -146,7 +148,7 @@ class WhiteningSGD(LayerwiseOptimizer):
 
     _input_statistics = ("input_mean", "input_variance")
     _output_statistics = ("output_grad_sq", "spread_sq", "output_mean")
-    _statistics = (*_input_statistics, *_output_statistics, "sharing", "slope_sq", "change_sq")
+    _statistics = (*_input_statistics, *_output_statistics, "sharing", "slope_sq", "change_sq", "trusted_sq")
     _num_bounded = 0  # the most layers of a step so far
     _found: tuple[dict[str, Any], ...] = ()  # groups whose chain's length was found, not given
 
