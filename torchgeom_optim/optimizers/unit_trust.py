@@ -39,8 +39,8 @@ _NORM_FLOOR, BARE_FLOOR = 1e-2, 1e-4
 # All units behind a norm feel each of its channels: moving by as much as units do, they stalled char_gpt at 2.6 nat
 # where a tenth reaches 2.3 in as many steps.
 _NORM_SHARE = 0.1
-# From one step to the next a unit's spread may grow to 16 times what it was, as a single sample can make that of a batch
-# as large as it likes. Of resnet20 without norms it grew to 11 times, of mlp_deep to 6, of lenet and char_gpt to 3.
+# From one step to the next a unit's spread may grow to 16 times what it was: one sample can make that of a batch as large
+# as it likes. Of resnet20 without norms it grew to 11 times, of mlp_deep to 6, of lenet and char_gpt to 3.
 _MOST_GROWTH = 256.0
 _Directions = MutableMapping[int, Tensor]
 
