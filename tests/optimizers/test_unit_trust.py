@@ -650,3 +650,14 @@ def test_a_single_sample_does_not_set_the_step(size):
         losses.append(float(nn.functional.cross_entropy(model(x), y).detach()))
     assert losses[30] < 10 * losses[0]
     assert losses[-1] < losses[0]
+
+
+def test_a_layer_whose_first_inputs_were_zero_is_not_held_back_for_long():
+    """Its outputs' spread was rounding, 1e-16: eight steps of at most 16 times."""
+    model = nn.Linear(4, 3)
+    optimizer = WhiteningSGD(model)
+    x = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
+    before = model.weight.detach().clone()
+    for batch in (torch.zeros(16, 4), *[x] * 10):
+        plain_step(model, optimizer, batch)
+    assert float((model.weight - before).detach().abs().max()) > 1e-2

@@ -39,8 +39,8 @@ _NORM_FLOOR, BARE_FLOOR = 1e-2, 1e-4
 # All units behind a norm feel each of its channels: moving by as much as units do, they stalled char_gpt at 2.6 nat
 # where a tenth reaches 2.3 in as many steps.
 _NORM_SHARE = 0.1
-# From one step to the next a unit's spread may grow to 16 times what it was: one sample can make that of a batch as large
-# as it likes. Of resnet20 without norms it grew to 11 times, of mlp_deep to 6, of lenet and char_gpt to 3.
+# From one step to the next a unit's spread may grow to 16 times what it was; a single sample could make it grow at
+# will. Of resnet20 without norms it grew to 11 times, of mlp_deep to 6, of lenet and char_gpt to 3.
 _MOST_GROWTH = 256.0
 _Directions = MutableMapping[int, Tensor]
 
@@ -188,12 +188,11 @@ def scale_blocks(
         sizes = tuple(row.change_sq.numel() for row in rows)
         layers = Segments(sizes, rows[0].change_sq)
         is_on_host = rows[0].change_sq.device.type == "cpu"
-        bounds = _spread_bounds(rows, state_of)
-        spread_sq, slope_sq = _spreads_and_slopes(rows, layers, bounds, may_overflow=not is_on_host)
+        spread_sq, slope_sq = _spreads_and_slopes(rows, layers, may_overflow=not is_on_host)
         if is_on_host and not math.isfinite(slope_sq.sum().item()):  # nobody has to wait for it there
-            spread_sq, slope_sq = _spreads_and_slopes(rows, layers, bounds, may_overflow=True)
+            spread_sq, slope_sq = _spreads_and_slopes(rows, layers, may_overflow=True)
             for row, slopes in zip(rows, layers.split(slope_sq), strict=True):
-                if not row.is_remembered:
+                if not row.is_remembered and _has_finite_gradients(row):
                     _forget(row, slopes.isinf(), directions, state_of)
         if any(row.is_remembered for row in rows):
             parts = zip(rows, layers.split(slope_sq), strict=True)
@@ -201,6 +200,8 @@ def scale_blocks(
         split = zip(rows, layers.split(slope_sq), layers.split(spread_sq), strict=True)
         past = [past_slope(state_of(row.owner), own, spread) for row, own, spread in split]
         expected = expected_slope(torch.cat(past), slope_sq, decay)
+        if (bounds := _spread_bounds(rows, state_of)) is not None:
+            spread_sq = torch.minimum(spread_sq, bounds)
         slope_sq = torch.maximum(slope_sq, expected)
         scale = unit_scale(spread_sq, slope_sq, layers.spread(layers.means(slope_sq).mul_(SLOPE_SHARE)))
         if any(row.factors > 1 for row in rows):
@@ -215,22 +216,23 @@ def scale_blocks(
                 directions[id(parameter)] = with_local(scaled, direction)
 
 
-def _spreads_and_slopes(
-    rows: Sequence[TrustedBlock], layers: Segments, bounds: Tensor | None, *, may_overflow: bool
-) -> tuple[Tensor, Tensor]:
+def _spreads_and_slopes(rows: Sequence[TrustedBlock], layers: Segments, *, may_overflow: bool) -> tuple[Tensor, Tensor]:
     """sigma_j^2 with its floor, and t_j^2, of all rows; where numbers overflow that is finite, and this not NaN."""
     change_sq = torch.cat([row.change_sq for row in rows])
     spread_sq, input_sq = torch.cat([row.spread_sq for row in rows]), torch.stack([row.input_sq for row in rows])
-    if may_overflow:  # of outputs that do the variance says nothing: their unit moves by what its layer's floor lets it
-        spread_sq.nan_to_num_(nan=0.0, posinf=0.0)
-        input_sq.nan_to_num_(nan=0.0, posinf=0.0)
-    spread_sq = spread_sq + layers.spread(spread_floor(layers.means(spread_sq), input_sq))
-    if may_overflow:
-        spread_sq.clamp_(max=torch.finfo(spread_sq.dtype).max / 16)
-    if bounds is not None:
-        spread_sq = torch.minimum(spread_sq, bounds)
-    slope_sq = change_sq.mul_(spread_sq)
-    return spread_sq, slope_sq.nan_to_num_(nan=torch.inf, posinf=torch.inf) if may_overflow else slope_sq
+    if not may_overflow:
+        spread_sq = spread_sq + layers.spread(spread_floor(layers.means(spread_sq), input_sq))
+        return spread_sq, change_sq.mul_(spread_sq)
+    # Of outputs that overflow the variance says nothing: if they have a slope their whole layer's is infinite, so that
+    # this batch is passed over; if not, their unit has no spread but its layer's floor.
+    is_unknown = ~spread_sq.isfinite()
+    floors = spread_floor(layers.means(spread_sq.masked_fill_(is_unknown, 0.0)), input_sq)
+    spread_sq = spread_sq + layers.spread(floors.nan_to_num_(nan=0.0, posinf=0.0))
+    spread_sq.clamp_(max=torch.finfo(spread_sq.dtype).max / 16)
+    slope_sq = change_sq * spread_sq.masked_fill(is_unknown, torch.inf)
+    slope_sq.masked_fill_(change_sq == 0, 0.0).nan_to_num_(nan=torch.inf, posinf=torch.inf)
+    means = layers.spread(layers.means(slope_sq))
+    return spread_sq, torch.where(means.isinf(), means, slope_sq)
 
 
 def _spread_bounds(rows: Sequence[TrustedBlock], state_of: Callable[[Tensor], Mapping[str, Any]]) -> Tensor | None:
@@ -242,7 +244,8 @@ def _spread_bounds(rows: Sequence[TrustedBlock], state_of: Callable[[Tensor], Ma
         torch.full_like(row.change_sq, torch.inf) if own is None or own.shape != row.change_sq.shape else own
         for row, own in zip(rows, past, strict=True)
     ]
-    return torch.cat([own.to(row.change_sq.dtype) for row, own in zip(rows, known, strict=True)]).mul_(_MOST_GROWTH)
+    bounds = torch.cat([own.to(row.change_sq.dtype) for row, own in zip(rows, known, strict=True)]).mul_(_MOST_GROWTH)
+    return bounds.masked_fill_(bounds == 0, torch.inf)  # what had none, as of inputs that were all 0, may have any
 
 
 def past_slope(state: MutableMapping[str, Any], slope_sq: Tensor, spread_sq: Tensor) -> Tensor:
@@ -262,6 +265,12 @@ def past_slope(state: MutableMapping[str, Any], slope_sq: Tensor, spread_sq: Ten
     if past is None or past.shape != slope_sq.shape:  # of another rule, or of a layer that was not heard then
         return slope_sq
     return past.to(slope_sq.dtype)
+
+
+def _has_finite_gradients(row: TrustedBlock) -> bool:
+    """Else whoever has not asked for an error gets what torch.optim gives."""
+    grads = [local_part(p.grad) for p, _ in row.parts if p.grad is not None]
+    return all(bool(grad.isfinite().all()) for grad in grads)
 
 
 def _forget(

@@ -128,8 +128,7 @@ class WhiteningSGD(LayerwiseOptimizer):
         process_group: the processes that train the model together; None takes those of DistributedDataParallel or
             ``fully_shard`` if the model is in one, else the default group.
         error_if_nonfinite: whether a step refuses gradients that are NaN or infinite, which waits for the device; None
-            does so on the CPU. Else they end in weights and statistics, as in torch.optim (on the CPU the bound keeps
-            them out of both); a GradScaler skips them.
+            does so on the CPU. Else they end in weights and statistics, as in torch.optim; a GradScaler skips them.
 
     Raises:
         ValueError: a hyper-parameter out of its range, or parameters that the model does not own.
