@@ -323,7 +323,10 @@ class LayerwiseOptimizer(Optimizer):
                 for layer in layers:
                     # Of a layer that is not stepped only the processes that called it know them; states have to agree.
                     if layer in active and (moments := layer.output_moments()) is not None:
-                        self.state[layer.weight]["output_mean"] = moments.mean
+                        state = self.state[layer.weight]
+                        past = state.get("output_mean", torch.zeros_like(moments.mean))
+                        # A mean of outputs that overflow would be no point to take the next variance about.
+                        state["output_mean"] = torch.where(moments.variance.isfinite(), moments.mean, past)
         except BaseException:
             for layer, own in calls:
                 layer.calls = own

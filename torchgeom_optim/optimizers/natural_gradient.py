@@ -103,7 +103,7 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
     WhiteningSGD's drift guard; "scale_free_whitening": and of the outputs'. Kronecker: the pi-split of Martens and
     Grosse 2015, §6.3, of damping * mean(diag A) mean(diag B). "exact": of its mean diagonal. A matrix that is not
     positive definite even so is an error, before anything has changed. Where G is zero to rounding (dead units, a loss
-    that is met) diagonal metrics take no step, matrices are taken for 1.
+    that is met; in float32 gradients of 1e-16) diagonal metrics take no step, matrices are taken for 1.
     Metrics made of gradients measure in units of the loss: as gradients vanish, a step of given length grows in the
     weights, so let lr decay.
 
