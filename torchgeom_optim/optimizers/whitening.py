@@ -56,9 +56,9 @@ class WhiteningSGD(LayerwiseOptimizer):
     times as large at most, lest a single sample set the step. Units turn more than they grow: half of the spread that
     steps of noise add is taken back with the step, as a decay of the unit's weights by theta_j^2 / 4 for a move by
     theta_j sigma_j (:func:`~torchgeom_optim.geometry.unit_trust.turned_back`; not of embeddings). Any scheduler of lr
-    moves the bound with it, a warm-up too; let lr decay to 0 over the run. Momentum and Nesterov's lie inside the
-    bound and make it 1 - momentum times as large, so that a gradient moves as much in all as without; none is needed.
-    Weight decay lies outside.
+    moves the bound with it, a warm-up too; let lr decay to 0 over the run. Momentum m and Nesterov's lie inside the
+    bound and make it sqrt((1 - m) / (1 + m)) times as large, so that steps of noise lead as far as without; none is
+    needed. Weight decay lies outside.
     Channels of normalisations (a tenth of rho) and other parameters (as a whole) move by a share of their own size.
 
     Source: Lafond, Vasilache and Bottou 2017, "Diagonal rescaling for neural networks", Eqs. (3), (5), (11), (12),
@@ -207,7 +207,7 @@ class WhiteningSGD(LayerwiseOptimizer):
         if group["lr"] is not None:
             check_range(group, "lr", where, hint="0.1 is a common start, 0.03 with momentum 0.9.")
         check_sgd_settings(group, where)
-        if group["rule"] == "trust_region" and self._model is not None:  # whose bound is 1 - momentum times as large
+        if group["rule"] == "trust_region" and self._model is not None:  # whose bound it makes smaller
             check_range(group, "momentum", where, high=1.0, hint="0 is the default; none is needed.")
         check_range(group, "decay", where, high=1.0, hint="0.95 averages over about 20 steps.")
         if group["damping"] is not None:
