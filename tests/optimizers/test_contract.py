@@ -21,6 +21,7 @@ from tests.cases import (
     train,
 )
 from tests.oracles import tolerance
+from torchgeom_optim.geometry import unit_trust
 
 every_case = pytest.mark.parametrize("case", OPTIMIZER_CASES, ids=repr)
 
