@@ -203,6 +203,7 @@ class GradNet(nn.Module):
 
         Raises:
             ValueError: bad settings, labels, features or losses; the head is then what it was.
+            NonFiniteLossError: training diverged; likewise.
             TypeError: data that can be gone through only once; likewise.
             BaseException: whatever the base and the loader raise, and interruptions; likewise.
         """
