@@ -16,6 +16,9 @@ method is scored on every fourth test image, since it predicts dozens of times a
 diverges is a row with accuracy nan and counts in "diverged"; least, most and median are those of the others. Seconds
 are processor seconds of one thread; equal seconds are set from steps timed side by side, channels innermost for all.
 
+Where a frozen base stays behind the continued one, is it for its gates? "gated, in the gates of the continued base"
+starts from the early base's weights like "gated", but with the ReLU masks and pooling choices of the base trained on.
+
 The runs come in the order of PLAN, one seed of every case first; how many seeds a row has stands in it. The result is
 written after every run, and a second start goes on where the first was stopped.
 """
@@ -71,7 +74,8 @@ LAST_EPOCHS = {"mnist": 0, "cifar10": 70}  # more of it where that was not enoug
 
 GATED, EQUAL_EPOCHS, EQUAL_SECONDS = "gated", "continued, equal epochs", "continued, equal seconds"
 HEADS = ("linear head", "MLP head")
-METHODS = (GATED, EQUAL_EPOCHS, EQUAL_SECONDS, *HEADS, "linearised", "paper")
+OTHER_GATES = "gated, in the gates of the continued base"
+METHODS = (GATED, EQUAL_EPOCHS, EQUAL_SECONDS, *HEADS, "linearised", "paper", OTHER_GATES)
 UNBOUNDED = "paper, values beyond the calibration set as they are"  # what it was, and no more
 NOT_REACHED = "base not reached"
 OTHERS = tuple(name for name in CASES if name not in ASKED)
@@ -86,6 +90,7 @@ PLAN: tuple[tuple[tuple[int, ...], tuple[str, ...], tuple[str, ...]], ...] = (
     ((1, 2, 3, 4), ASKED, (EQUAL_EPOCHS, *HEADS, EQUAL_SECONDS)),
     ((0,), OTHERS, ("linearised", "paper")),
     ((1, 2, 3, 4), ASKED, ("linearised", "paper")),
+    ((0,), ("CIFAR-10 (JPEG) .49",), (OTHER_GATES,)),
 )
 
 
@@ -241,7 +246,13 @@ class _Bench:
             classify = self._continued(base, epochs)
         else:
             epochs = 1 if self.smoke else COSTLY_EPOCHS.get(method, self.epochs)
-            gradnet = GradNet(base, self.data.num_classes, method=method, seed=self.seed)  # type: ignore[arg-type]
+            kind: Any = GATED if method == OTHER_GATES else method
+            gradnet = GradNet(base, self.data.num_classes, method=kind, seed=self.seed)
+            if method == OTHER_GATES:
+                own = gradnet.head.state_dict()  # type: ignore[union-attr]
+                gradnet = GradNet(self._continued(base, epochs), self.data.num_classes, seed=self.seed)
+                gradnet.head.load_state_dict(own)  # type: ignore[union-attr]
+                begin = time.process_time()
             try:
                 classify = gradnet.fit(self._loader(), int(epochs), progress=False, missing_classes=self.smoke)
             except NonFiniteLossError:  # a result, and the head is untrained again

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 
@@ -37,6 +38,18 @@ def test_a_fit_that_diverges_is_a_row(monkeypatch, tmp_path):
     found.write()
     (row,) = json.loads((tmp_path / f"{question.NAME}.json").read_text())["rows"]
     assert (row["seeds"], row["diverged"], row["least"], row["accuracy"]) == (3, 1, 0.5, 0.6)
+
+
+def test_other_gates_hold_the_early_weights(monkeypatch):
+    seen = []
+    fit = GradNet.fit
+    monkeypatch.setattr(GradNet, "fit", lambda net, *a, **k: (seen.append(copy.deepcopy(net)), fit(net, *a, **k))[1])
+    bench = question._Bench(stand_in("mnist", 200, 50), "mnist", 0, True)
+    bench.run("MNIST .92", "gated")
+    assert bench.run("MNIST .92", question.OTHER_GATES)["accuracy"] > 0
+    own, other = seen
+    assert all(torch.equal(a, b) for a, b in zip(own.head.parameters(), other.head.parameters(), strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(own.base.parameters(), other.base.parameters(), strict=True))
 
 
 def test_a_base_that_was_given_up_is_tried_with_more_epochs(tmp_path):
