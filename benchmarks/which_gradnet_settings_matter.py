@@ -8,7 +8,8 @@ with the same features are trained side by side, which saves most of the time. R
 evenly spaced test images, and shows what the settings do, nothing is chosen by it.
 
 "conclusions" in the result compares, figure by figure, the paper's choice with the best of the others, seed by seed:
-it holds if it is at least as good for every seed, fails if it is worse for every seed, else the seeds disagree. A
+it holds if it is at least as good for every seed, fails if it is worse for every seed, else the seeds disagree. The
+best of three rates of SGD is compared with the best of three of Adam. A
 difference below "noise", two standard errors of one accuracy, is called none; Figs. 5 and 6 claim no more than that.
 A run whose loss does not stay finite counts in "diverged", its figures are those of the other seeds, if any, and it
 wins no comparison.
@@ -45,13 +46,13 @@ class Setting:
     figure: str
     name: str
     changes: dict[str, Any] = field(default_factory=dict)
-    optimizer: str = "SGD .02"
+    optimizer: str = "SGD .05"
 
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
-    "SGD .005": lambda parameters: torch.optim.SGD(parameters, 0.005, momentum=0.9),
     "SGD .02": lambda parameters: torch.optim.SGD(parameters, 0.02, momentum=0.9),
     "SGD .05": lambda parameters: torch.optim.SGD(parameters, 0.05, momentum=0.9),
+    "SGD .1": lambda parameters: torch.optim.SGD(parameters, 0.1, momentum=0.9),
     "Adam .0003": lambda parameters: torch.optim.Adam(parameters, 3e-4),
     "Adam .001": lambda parameters: torch.optim.Adam(parameters, 1e-3),
     "Adam .003": lambda parameters: torch.optim.Adam(parameters, 3e-3),
@@ -68,7 +69,7 @@ SMALL = {"hidden": (5, 25, 10)}
 GROUPS: tuple[tuple[Setting, ...], ...] = (
     (
         Setting(BEST, "as it is"),
-        *(Setting("Fig. 4, optimizer", name, optimizer=name) for name in OPTIMIZERS if name != "SGD .02"),
+        *(Setting("Fig. 4, optimizer", name, optimizer=name) for name in OPTIMIZERS if name != "SGD .05"),
         Setting("Fig. 5, regularization", "dropout", {"dropout": 0.5}),
         Setting("Fig. 5, regularization", "batch norm", {"batch_norm": True}),
         Setting("Fig. 5, regularization", "both", {"dropout": 0.5, "batch_norm": True}),
@@ -238,13 +239,14 @@ def _conclusions(runs: list[dict], test: int) -> list[dict[str, object]]:
     runs = [{**run, "accuracy": 0.0} if run.get("diverged") else run for run in runs]
     for figure, claim in CLAIMS.items():
         own = (figure, "scale, power 0.5") if figure.startswith("Fig. 8") else (BEST, "as it is")
-        best = {run["seed"]: run["accuracy"] for run in runs if (run["figure"], run["setting"]) == own}
-        # Another rate of SGD is no point against it.
-        others = [
-            run
-            for run in runs
-            if run["figure"] == figure and (figure, run["setting"]) != own and not run["setting"].startswith("SGD")
-        ]
+        best: dict[int, float] = {}
+        others = []
+        for run in runs:
+            by_sgd = run["figure"] == figure and run["setting"].startswith("SGD")  # the best of its rates stands for it
+            if by_sgd or (run["figure"], run["setting"]) == own:
+                best[run["seed"]] = max(run["accuracy"], best.get(run["seed"], 0.0))
+            elif run["figure"] == figure:
+                others.append(run)
         seeds = sorted(seed for seed in best if any(run["seed"] == seed for run in others))
         if not seeds:
             continue

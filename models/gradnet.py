@@ -188,7 +188,7 @@ class GradNet(nn.Module):
                 transforms if you like; or what :meth:`cache` returned.
             epochs: passes over it.
             optimizer: from the parameters to their optimizer, such as ``lambda p: Adam(p, 1e-3)``; that is the default
-                for "gated", Adam with 3e-3 for "linearised", SGD with 0.02 and momentum for "paper".
+                for "gated", Adam with 3e-3 for "linearised", SGD with 0.05 and momentum for "paper".
             schedule: "linear" decay of the learning rate to 0, or "constant".
             validation: mini-batches for the accuracy after each epoch, in ``history``.
             patience: stop early, see :class:`FitSettings`; needs ``validation``.

@@ -52,3 +52,15 @@ def test_no_claim_is_won_by_a_setting_that_diverged():
     assert question._conclusions(runs, 1000)[0]["verdict"] == "fails"
     runs[0] = run(question.BEST, "as it is", math.nan)
     assert question._conclusions(runs, 1000)[0]["verdict"] == "fails"
+
+
+def test_the_best_rate_of_each_optimizer_stands_for_it():
+    rows = [
+        (question.BEST, "as it is", 0.8),
+        *(("Fig. 4, optimizer", *row) for row in [("SGD .1", 0.9), ("Adam", 0.85)]),
+    ]
+    runs = [{"figure": f, "setting": s, "accuracy": a, "seed": 0} for f, s, a in rows]
+    (row,) = question._conclusions(runs, 10_000)
+    assert row["verdict"] == "holds"
+    assert math.isclose(row["lead by seed"][0], 0.05)
+    assert row["best of the others by seed"] == ["Adam"]
