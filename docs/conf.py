@@ -31,5 +31,6 @@ suppress_warnings = ["myst.xref_missing"]  # links within benchmarks/README.md l
 
 html_theme = "furo"
 html_title = "torchgeom-optim"
-html_static_path = []
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
 exclude_patterns = ["_build"]

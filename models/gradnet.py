@@ -204,13 +204,17 @@ class GradNet(nn.Module):
         Raises:
             ValueError: bad settings, labels, features or losses; the head is then what it was.
             NonFiniteLossError: training diverged; likewise.
-            TypeError: data that can be gone through only once; likewise.
+            TypeError: data that are no mini-batches, or can be gone through only once; likewise.
             BaseException: whatever the base and the loader raise, and interruptions; likewise.
         """
         make = optimizer or DEFAULT_OPTIMIZERS[self.method]
         if patience is not None and validation is None:
             raise ValueError(
                 "patience without validation: early stopping needs data set aside. Pass validation=loader."
+            )
+        if isinstance(data, Tensor):
+            raise TypeError(
+                "data is a tensor: mini-batches (inputs, labels) are needed. Try list(zip(x.split(64), y.split(64)))."
             )
         if isinstance(data, Iterator):
             raise TypeError(

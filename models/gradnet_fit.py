@@ -244,7 +244,7 @@ def _bar(settings: FitSettings, num_batches: int | None, epoch: int) -> Iterator
         def advance(loss: Tensor) -> None:
             bar.update()
             if bar.n % 20 == 0:
-                bar.set_postfix(loss=f"{float(loss):.4g}")
+                bar.set_postfix(loss=f"{float(loss.detach()):.4g}")
 
         yield advance
 

@@ -23,8 +23,6 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        # torch's forward mode warns of torch's own use of torch.jit.
-        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
         exec(compile("\n".join(blocks(page)), str(page), "exec"), {"__name__": "page"})
     assert not list(tmp_path.iterdir())  # an example leaves nothing behind
 

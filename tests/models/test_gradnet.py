@@ -276,6 +276,7 @@ def with_nan() -> list[tuple[Tensor, Tensor]]:
         (with_nan(), ValueError, "finite"),
         ([], ValueError, "no sample|not calibrated"),
         ([DATA[0][0]], TypeError, "pairs"),
+        (DATA[0][0], TypeError, r"data is a tensor.*list\(zip"),
         (iter(DATA), TypeError, "gone through again"),
     ],
 )
