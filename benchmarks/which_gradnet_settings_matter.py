@@ -258,8 +258,9 @@ def _conclusions(runs: list[dict], test: int) -> list[dict[str, object]]:
         if max(map(abs, leads)) < noise:
             verdict = "holds" if claim in ENOUGH else "no difference"
         rival = [rivals[seed]["setting"] for seed in seeds]
-        row = {"figure": figure, "paper": claim, "verdict": verdict, "lead by seed": leads, "noise": noise}
-        found.append({**row, "best of the others by seed": rival})
+        row = {"figure": figure, "paper": claim, "verdict": verdict, "lead": quartiles(leads)["median"], "noise": noise}
+        of = ", ".join(dict.fromkeys(rival))
+        found.append({**row, "best of the others": of, "lead by seed": leads, "best of the others by seed": rival})
     return found
 
 

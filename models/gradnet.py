@@ -47,7 +47,7 @@ class GradNet(nn.Module):
     - ``"paper"``: a shallow network on sparsified per-sample gradients for candidate labels, with the paper's settings
       as defaults (:class:`CandidateNetwork`). Any base.
 
-    Where the base may be changed, simply training it on with the same data is as good and cheaper. GradNet is for
+    Where the base may be changed, training it on with the same data is cheaper and as good or better. GradNet is for
     weights that are frozen, certified, shared by several tasks or served behind an interface; against a head on the
     frozen last features, which costs less, it pays where the base was stopped early. Source: Daroczy et al., "GradNet";
     the first two methods are ours.
