@@ -9,10 +9,9 @@ evenly spaced test images, and shows what the settings do, nothing is chosen by 
 
 "conclusions" in the result compares, figure by figure, the paper's choice with the best of the others, seed by seed:
 it holds if it is at least as good for every seed, fails if it is worse for every seed, else the seeds disagree. The
-best of three rates of SGD is compared with the best of three of Adam. A
-difference below "noise", two standard errors of one accuracy, is called none; Figs. 5 and 6 claim no more than that.
-A run whose loss does not stay finite counts in "diverged", its figures are those of the other seeds, if any, and it
-wins no comparison.
+best of three rates of SGD is compared with the best of three of Adam. A difference below "noise", two standard errors
+of one accuracy, is called none; Figs. 5 and 6 claim no more than that. A run whose loss does not stay finite counts in
+"diverged", its figures are those of the other seeds, if any, and it wins no comparison.
 The result is written after every group, and a second start goes on where the first was stopped.
 """
 
