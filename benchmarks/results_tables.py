@@ -14,7 +14,7 @@ __all__ = ["Row", "cell", "environment_line", "load", "markdown", "pick", "table
 
 Row = Mapping[str, Any]
 _LISTS = ("rows", "summary", "best", "claims", "conclusions")  # under which benchmarks keep their tables
-_WIDEST = 60  # characters of a cell
+_WIDEST = 80  # characters of a cell
 _NOT_FINITE = ("nan", "inf", "-inf")  # as JSON holds them: a run that diverged is a result
 
 

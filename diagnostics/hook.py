@@ -128,6 +128,7 @@ class Diagnostics:
         self._due = self._next_due = False
         self._waiting: Measurement | None = None  # for the gradients that the optimizer gets
         self._warned: set[str] = set()
+        self._missed = "attach(optimizer) and train, or call measure(x, y)"  # why there is no record
 
     def attach(self, optimizer: torch.optim.Optimizer | None = None) -> Diagnostics:
         """Watch the loop from now on.
@@ -159,6 +160,7 @@ class Diagnostics:
             )
         if optimizer is not None:
             self._follow(optimizer)
+        self._missed = "no step that the schedule names was taken"
         watched = next(m for m in wrapped_by(self._called) if not isinstance(m, nn.parallel.DistributedDataParallel))
         compiled = hasattr(watched, "_orig_mod")  # hooks within are not called
         self._watch = LoopWatch(watched, self.criterion, self._after_backward)
@@ -236,6 +238,8 @@ class Diagnostics:
 
     def summary(self) -> str:
         """What a person would make of the history, in words."""
+        if not len(self.history):
+            return f"No records yet: {self._missed}."
         from torchgeom_optim.diagnostics import reading
 
         return str(reading.summary(self.history))
@@ -274,10 +278,19 @@ class Diagnostics:
 
         def after(*args: object) -> None:
             if (owner := this()) is not None:
+                owner._note_missed_step()
                 owner._advance(1)
 
         self._handles = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
         weakref.finalize(self, _remove, self._handles).atexit = False
+
+    def _note_missed_step(self) -> None:
+        if not self._due or self._watch is None:
+            return
+        self._missed = f"step {self.step} was to be measured, but {self._watch.why_nothing_was_seen()}"
+        if not len(self.history) and not self._warned:  # later ones may be steps of another kind
+            self._warned.add(self._missed)
+            warnings.warn(f"diagnostics: {self._missed}.", RuntimeWarning, stacklevel=4)
 
     def _advance(self, steps: int) -> None:
         self.step += steps

@@ -29,7 +29,7 @@ OF_SEVERAL_BATCHES = frozenset({"num_items_in_batch"})
 
 
 def own_loss(outputs: Any) -> Tensor:
-    """The loss that a model returns by itself: ``outputs.loss``, ``outputs["loss"]``, the first of a tuple, or all.
+    """The loss that a model returns by itself: ``outputs.loss``, ``outputs["loss"]``, a number in a tuple, or all.
 
     Args:
         outputs: what the model returned.
@@ -46,11 +46,11 @@ def own_loss(outputs: Any) -> Tensor:
     elif not isinstance(outputs, Tensor) and hasattr(outputs, "loss"):
         found = outputs.loss
     elif isinstance(outputs, tuple | list) and outputs:
-        found = outputs[0]
+        found = next((x for x in outputs if isinstance(x, Tensor) and x.dim() == 0), outputs[0])
     if not isinstance(found, Tensor):
         raise TypeError(
             f"the model returned a {type(outputs).__name__} without a loss: without a criterion it must return its "
-            f"loss, as .loss, ['loss'], the first of a tuple, or alone; give Diagnostics the criterion."
+            f"loss, as .loss, ['loss'], a number in a tuple, or alone; give Diagnostics the criterion."
         )
     return found
 
@@ -181,6 +181,23 @@ class LoopWatch:
         self._pass = None
         _remove(self._handles)
 
+    def why_nothing_was_seen(self) -> str:
+        """Where a pass was wanted and none was reported: which of the loop's calls is missing."""
+        if self._pass is None:
+            return (
+                "the model was not called, or without gradients; give the very module that the loop calls, such as "
+                "what torch.compile(model) returned"
+            )
+        if self._pass.num_losses:
+            return "no backward pass went through the loss"
+        if self._criterion is None:
+            return "the model returned no loss; give the criterion that the loop computes it with"
+        kind = type(self._criterion).__name__
+        return (
+            f"the criterion was not called; let the loop compute its loss with the very {kind} module that Diagnostics "
+            "was given, in place of a function or of another module"
+        )
+
     def before_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A pass begins; an earlier one that no backward pass has reached is given up."""
         if not (self.wanted or self.counting) or not torch.is_grad_enabled():
@@ -207,6 +224,11 @@ class LoopWatch:
             self._pass.targets = (args[1:], kwargs) if len(args) > 1 or kwargs else None
 
     def _take_loss(self, observed: ObservedPass, loss: Tensor) -> None:
+        if loss.dim() > 0 and self._criterion is None:
+            raise ValueError(
+                f"the model returned a tensor of shape {list(loss.shape)}: without a criterion it must return its "
+                "loss; give what the loop computes the loss with, as in Diagnostics(model, nn.CrossEntropyLoss())."
+            )
         if loss.dim() > 0:
             raise ValueError(
                 f"the criterion returned a loss of shape {list(loss.shape)}: it must be a scalar, or it is not known "

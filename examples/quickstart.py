@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import platform
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -55,8 +54,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         if value is not None and value < 1:
             parser.error(f"--{name}={value}: must be at least 1; leave it out for the usual number")
 
-    # What torch says about a part of its own forward mode.
-    warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
     begin = time.perf_counter()
     torch.set_num_threads(options.threads)
     task, budget, seeds = TASKS[options.data], Budget(), tuple(options.seeds)

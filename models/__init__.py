@@ -10,6 +10,7 @@ from torchgeom_optim.models.gradient_graph import GradientGraph, draw_graphs, gr
 from torchgeom_optim.models.gradient_kernel import GradientKernel
 from torchgeom_optim.models.gradnet import GradNet
 from torchgeom_optim.models.gradnet_cache import RecordCache
+from torchgeom_optim.models.gradnet_fit import NonFiniteLossError
 from torchgeom_optim.models.gradnet_paper import CandidateNetwork
 from torchgeom_optim.models.gradnet_steps import UnsupportedBaseError
 from torchgeom_optim.models.rbm import BernoulliRBM, RBMGradientFeatures
@@ -59,6 +60,7 @@ __all__ = [
     "GradientKernel",
     "LinearisedNetwork",
     "ModelCost",
+    "NonFiniteLossError",
     "PlainResNet",
     "RBMGradientFeatures",
     "RecordCache",

@@ -129,7 +129,7 @@ class _Planner:
             for position in torch.nonzero(~self._can_lose(layer, inputs)).flatten().tolist():
                 root = int(self._roots[inputs.ids[position]])
                 if math.isnan(inputs.constants[position]):
-                    varying.setdefault(root, f"it is not constant where {layer.name!r} takes it")
+                    varying.setdefault(root, f"added to what varies (a skip connection) before {layer.name!r}")
                 else:
                     padded[root] = f"{layer.name!r} pads it with zeros, so that it is not constant at the border"
         why = {**padded, **varying, **self._reasons_of_root}

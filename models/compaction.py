@@ -18,6 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize, prune
 from torch.utils._pytree import tree_leaves, tree_map
 
+from torchgeom_optim.geometry.deprecations import without_own_deprecations
 from torchgeom_optim.geometry.private_evaluation import private_evaluation
 from torchgeom_optim.models.channel_flow import ChannelFlow, Layer, is_depthwise
 from torchgeom_optim.models.channel_removal import Removal, plan_removal
@@ -78,7 +79,9 @@ class CompactionReport:
             old_ms, new_ms = 1e3 * self.before.latency_s, 1e3 * self.after.latency_s
             lines.append(f"{'latency in ms':<15}{old_ms:>14.3f} -> {new_ms:>14.3f}  ({new_ms / old_ms:.1%})")
         lines += [f"{name}: {old} -> {new} units" for name, (old, new) in self.widths.items()]
-        lines += [f"{name}: {n} kept: {why}" for name, reasons in self.kept.items() for why, n in reasons.items()]
+        lines += [
+            f"{name}: {n} idle units stay: {why}" for name, reasons in self.kept.items() for why, n in reasons.items()
+        ]
         lines += [f"{name}: not followed" for name in self.not_followed]
         return "\n".join(lines)
 
@@ -325,7 +328,8 @@ def _check_same(expected: Any, found: Any) -> None:
 def _costs(
     networks: tuple[nn.Module, nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any], rounds: int
 ) -> tuple[ModelCost, ModelCost]:
-    from torch.utils.flop_counter import FlopCounterMode  # brings more libraries along than an import of ours may
+    with without_own_deprecations():
+        from torch.utils.flop_counter import FlopCounterMode  # brings more libraries along than an import of ours may
 
     first = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
     costs = []

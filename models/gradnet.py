@@ -47,7 +47,7 @@ class GradNet(nn.Module):
     - ``"paper"``: a shallow network on sparsified per-sample gradients for candidate labels, with the paper's settings
       as defaults (:class:`CandidateNetwork`). Any base.
 
-    Where the base may be changed, simply training it on with the same data is as good and cheaper. GradNet is for
+    Where the base may be changed, training it on with the same data is cheaper and as good or better. GradNet is for
     weights that are frozen, certified, shared by several tasks or served behind an interface; against a head on the
     frozen last features, which costs less, it pays where the base was stopped early. Source: Daroczy et al., "GradNet";
     the first two methods are ours.
@@ -188,7 +188,7 @@ class GradNet(nn.Module):
                 transforms if you like; or what :meth:`cache` returned.
             epochs: passes over it.
             optimizer: from the parameters to their optimizer, such as ``lambda p: Adam(p, 1e-3)``; that is the default
-                for "gated", Adam with 3e-3 for "linearised", SGD with 0.02 and momentum for "paper".
+                for "gated", Adam with 3e-3 for "linearised", SGD with 0.05 and momentum for "paper".
             schedule: "linear" decay of the learning rate to 0, or "constant".
             validation: mini-batches for the accuracy after each epoch, in ``history``.
             patience: stop early, see :class:`FitSettings`; needs ``validation``.
@@ -203,13 +203,18 @@ class GradNet(nn.Module):
 
         Raises:
             ValueError: bad settings, labels, features or losses; the head is then what it was.
-            TypeError: data that can be gone through only once; likewise.
+            NonFiniteLossError: training diverged; likewise.
+            TypeError: data that are no mini-batches, or can be gone through only once; likewise.
             BaseException: whatever the base and the loader raise, and interruptions; likewise.
         """
         make = optimizer or DEFAULT_OPTIMIZERS[self.method]
         if patience is not None and validation is None:
             raise ValueError(
                 "patience without validation: early stopping needs data set aside. Pass validation=loader."
+            )
+        if isinstance(data, Tensor):
+            raise TypeError(
+                "data is a tensor: mini-batches (inputs, labels) are needed. Try list(zip(x.split(64), y.split(64)))."
             )
         if isinstance(data, Iterator):
             raise TypeError(

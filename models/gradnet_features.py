@@ -209,10 +209,14 @@ def normalize(
         standard       (g - mean_j) / std_j                  over a calibration set; a zero deviation counts as 1
         standard_unit  the same, then divided by the length of the vector, if that is not 0
 
+    Where statistics come in, g counts as the nearer end of [min_j, max_j] if it lies outside. The paper's calibration
+    set is all of the data, where nothing does. After a few hundred samples some coordinates have hardly moved: what
+    comes later is then thousands of their ranges away, and one such entry makes training diverge.
+
     Args:
         gradients: g, [..., P].
         kept: [..., P].
-        statistics: "minimum", "maximum", "mean" and "deviation" [P] (see :meth:`statistics_of`), as far as needed.
+        statistics: "minimum", "maximum", "mean" and "deviation" [P] (see :func:`statistics_of`), as far as needed.
         normalization: one of these names.
         power: the exponent, in (0, inf).
 
@@ -228,12 +232,14 @@ def normalize(
     if not 0.0 < power < math.inf:
         raise ValueError(f"power={power}: must be in (0, inf); 0.5 is the paper's best.")
     x = gradients
+    if normalization not in ("none", "power"):
+        x = x.clamp(statistics["minimum"], statistics["maximum"])
     if normalization in ("scale", "scale_power"):
         spread = statistics["maximum"] - statistics["minimum"]
-        x = (x - statistics["minimum"]).div_(torch.where(spread > 0, spread, 1.0))
+        x = x.sub_(statistics["minimum"]).div_(torch.where(spread > 0, spread, 1.0))
     if normalization in ("standard", "standard_unit"):
         deviation = statistics["deviation"]
-        x = (x - statistics["mean"]).div_(torch.where(deviation > 0, deviation, 1.0))
+        x = x.sub_(statistics["mean"]).div_(torch.where(deviation > 0, deviation, 1.0))
     if normalization in ("power", "scale_power"):
         size = x.abs()
         x = (size.sqrt_() if power == 0.5 else size.pow_(power)).copysign_(x)

@@ -7,7 +7,8 @@ label; the prediction is the argmax of the logits.
 
 Source: Daroczy et al., "GradNet", Algorithm 1, Fig. 3 and the appendix (blocks 5 + 100 + 25, 85th percentile, scale
 norm and then power norm 1/2, no regularization, SGD). What the paper leaves out is set here: no biases among the
-features, hidden units are ReLUs, blocks are concatenated.
+features, hidden units are ReLUs, blocks are concatenated; statistics are those of a few hundred samples with a random
+label each, and what lies beyond their range counts as its end (:func:`normalize`).
 """
 
 from __future__ import annotations

@@ -85,7 +85,9 @@ class ReductionReport:
             f"kept share of |w|: {at.norm_share:.4f}",
             f"predictions on {self.num_samples} samples: Bhattacharyya {at.bhattacharyya:.4g}, outputs changed by "
             f"{at.output_change:.3g} of their size",
-            f"accuracy: {self.accuracy_before:.4f} before, {at.accuracy:.4f} after",
+            "accuracy: not known, as no labels were given"
+            if math.isnan(at.accuracy)
+            else f"accuracy: {self.accuracy_before:.4f} before, {at.accuracy:.4f} after",
             f"bytes: {self.bytes_dense} before; {self.bytes_stored} stored, {self.bytes_regenerated} where inputs "
             "regenerate directions",
             *self.notes,

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from torchgeom_optim.geometry.deprecations import without_own_deprecations
 from torchgeom_optim.geometry.jacobian import Jacobian
 from torchgeom_optim.geometry.kronecker import KroneckerBasis, diagonal_in, kronecker_factors
 from torchgeom_optim.geometry.per_sample import Batch
@@ -167,6 +168,6 @@ def _by_forward_mode(model: nn.Module, inputs: Any, dw: Mapping[str, Tensor]) ->
         return outputs
 
     differentiable = torch.is_grad_enabled()
-    with private_evaluation(model), torch.set_grad_enabled(differentiable):
+    with private_evaluation(model), torch.set_grad_enabled(differentiable), without_own_deprecations():
         pair: tuple[Tensor, ...] = torch.func.jvp(f, (weights,), (dict(dw),))
     return pair[0].detach() + pair[1]

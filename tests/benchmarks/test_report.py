@@ -105,7 +105,7 @@ def test_tables_in_markdown():
         "| c | 12,346 | yes |",
     ]
     assert markdown(rows, ["ms"], most=1).splitlines()[2:] == ["| 1.23 |", "", "1 more rows are in the JSON."]
-    assert cell("x" * 100) == "x" * 59 + "…"
+    assert cell("x" * 100) == "x" * 79 + "…"
     assert cell(float("inf")) == "inf"
 
 

@@ -278,3 +278,60 @@ class OnlyLogits(nn.Module):
 
     def forward(self, x):
         return {"logits": self.body(x)}
+
+
+@pytest.mark.parametrize(
+    ("loss_of", "criterion", "said"),
+    [
+        (
+            lambda model, x, y: nn.functional.cross_entropy(model(x), y),
+            nn.CrossEntropyLoss(),
+            "CrossEntropyLoss module",
+        ),
+        (lambda model, x, y: nn.CrossEntropyLoss()(model[:](x), y), nn.CrossEntropyLoss(), "the model was not called"),
+    ],
+)
+def test_a_loop_that_it_sees_nothing_of_is_told_what_is_missing(loss_of, criterion, said):
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    diagnostics = Diagnostics(model, criterion, every=2)
+    assert diagnostics.summary() == "No records yet: attach(optimizer) and train, or call measure(x, y)."
+    diagnostics.attach(optimizer)
+    assert diagnostics.summary() == "No records yet: no step that the schedule names was taken."
+    x, y = torch.randn(8, 4), torch.randint(2, (8,))
+    for step in range(3):
+        loss_of(model, x, y).backward()
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            optimizer.step()
+        assert [str(w.message).split(",")[0] for w in warned] == ["diagnostics: step 0 was to be measured"][step:]
+    assert said in diagnostics.summary()
+    assert diagnostics.summary().startswith("No records yet: step 2")
+    diagnostics.close()
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_model_that_returns_its_loss_in_a_tuple(place):
+    class Returning(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Linear(4, 2)
+
+        def forward(self, x, y):
+            logits = self.body(x)
+            found = [logits]
+            found.insert(place, nn.functional.cross_entropy(logits, y))
+            return tuple(found)
+
+    model, x, y = Returning(), torch.randn(8, 4), torch.randint(2, (8,))
+    wanted = Diagnostics(model.body, nn.CrossEntropyLoss()).measure(x, y)
+    with Diagnostics(model, every=1).attach() as diagnostics:
+        model(x, y)[place].backward()
+    assert_close(diagnostics.history[0].loss, wanted.loss)
+    same_gram_metrics(diagnostics.history[0], wanted)
+
+
+def test_a_model_that_returns_no_loss_is_told_to_bring_a_criterion():
+    model = nn.Linear(4, 2)
+    with Diagnostics(model, every=1).attach(), pytest.raises(ValueError, match=r"shape \[8, 2\].*give what the loop"):
+        model(torch.randn(8, 4))

@@ -166,6 +166,27 @@ def test_recorder_refuses_passes_that_it_cannot_take_apart():
         assert_grams_close({"": recorder.result().weights}, {"": sum(expected_grams(model, inputs, targets).values())})
 
 
+def test_layers_carry_hooks_only_for_passes_that_are_recorded():
+    model, x, y = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(5, 3), torch.arange(5) % 2
+    with GramRecorder(model) as recorder:
+        for recorder.enabled in (False, True, False, True):
+            F.cross_entropy(model(x), y).backward()
+            assert [len(layer._forward_hooks) for layer in model] == [recorder.enabled, 0, recorder.enabled]
+            if recorder.enabled:
+                expected = per_sample_gram(model, F.cross_entropy, x, y, reduction="mean")
+                torch.testing.assert_close(recorder.result().weights, expected.weights)
+
+
+def test_hooks_stay_where_a_part_of_the_model_is_compiled():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    model[1].compile(backend="eager")  # code that is compiled does not notice hooks that are set later
+    with GramRecorder(model) as recorder:
+        recorder.enabled = False
+        model(torch.randn(5, 3)).sum().backward()
+        assert all(layer._forward_hooks for layer in model)
+    assert not any(layer._forward_hooks for layer in model)
+
+
 class Counts(nn.Module):
     """Counts its calls and keeps a log of them."""
 

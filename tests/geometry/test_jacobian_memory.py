@@ -32,4 +32,5 @@ def test_memory_is_predicted_and_refused(operation: str) -> None:
     with pytest.raises(JacobianMemoryError, match=f"{operation} would take .*memory_limit allows") as caught:
         calls[operation]()
     assert caught.value.needed > caught.value.allowed == 100
+    assert ("num_eigenvalues=50" in str(caught.value)) == (operation == "gram")  # what a spectrum asks for
     Jacobian(model, x, memory_limit=math.inf).gram()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -173,3 +175,18 @@ def test_one_hot_moments_are_those_of_the_one_hot_encoding(index_dtype):
     moments = one_hot_moments(indices.to(index_dtype), 6, torch.float64)
     torch.testing.assert_close(moments, channel_moments(x), **tolerance())
     assert one_hot_moments(indices, 6, torch.bfloat16).mean.dtype == torch.float32
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan, 3e38])
+def test_batches_without_a_variance_leave_no_trace(value):
+    def batch(mean: float, variance: float) -> Moments:
+        return Moments(4, torch.tensor([mean, 1.0]), torch.tensor([variance, 2.0]))
+
+    bad, good, other = batch(1e30, value), batch(3.0, 4.0), batch(5.0, 1.0)
+    expected = running_moments(good, other, 0.9)
+    for batches in ((bad, good, other), (good, bad, other), (bad, bad, good, other), (batch(1e30, 1.0), good, other)):
+        running = batches[0]
+        for now in batches:
+            running = running_moments(running, now, 0.9)
+        torch.testing.assert_close(running.variance[0], expected.variance[0])
+        torch.testing.assert_close(running.mean[0], expected.mean[0])

@@ -34,6 +34,14 @@ def test_a_geometric_spectrum() -> None:
     assert numbers.slope_misfit < 1e-6
 
 
+def test_it_prints_in_words() -> None:
+    lines = str(sloppiness(10.0 ** -torch.arange(0, 5, 0.1, dtype=torch.float64))).splitlines()
+    assert lines[0].startswith("50 of 50 eigenvalues above round-off (1.1e-14), over 4.9 decades; trace 4.86")
+    assert lines[1] == "21 (42.0%) are stiff: at least 0.01 of the largest; 10 make up 90 % of the trace"
+    assert lines[-1] == "numbers 1 to 50 fall evenly, by 4.9 decades in all"
+    assert "nan" not in str(sloppiness(torch.ones(1)))
+
+
 def test_a_stiff_head_and_a_drop_at_the_end_are_left_out_of_the_slope() -> None:
     head = torch.tensor([4.0, 3.0, 2.5, 2.0])
     middle = torch.linspace(0, -3, 91)

@@ -57,6 +57,16 @@ def test_the_whole_spectrum_is_that_of_the_dense_matrix(case: Case) -> None:
     torch.testing.assert_close(summed.roundoff, 4 * spectrum.roundoff, rtol=1.0, atol=0.0)
 
 
+def test_it_prints_in_words() -> None:
+    x = torch.randn(20, 6, dtype=torch.float64)
+    whole, few = jacobian_spectrum(Jacobian(linear(), x)), jacobian_spectrum(Jacobian(linear(), x), 2)
+    assert str(whole).splitlines()[0] == "J'J, J of outputs"
+    assert str(whole).splitlines()[1].startswith(f"all 6 eigenvalues, {float(whole.eigenvalues[0]):.4g} to ")
+    assert "6 above round-off" in str(whole)
+    assert str(few).splitlines()[1].startswith("the largest 2 eigenvalues, ")
+    assert "mean over N = 20 samples" in str(few)
+
+
 @pytest.mark.parametrize("num_samples", [4, 20])  # fewer rows than weights, and more
 @pytest.mark.parametrize("num_eigenvalues", [None, 5])
 def test_eigenvectors_are_those_of_the_dense_matrix(num_samples: int, num_eigenvalues: int | None) -> None:

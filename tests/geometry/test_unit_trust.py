@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.oracles import tolerance
-from torchgeom_optim.geometry.unit_trust import expected_slope, spread_floor, unit_scale
+from torchgeom_optim.geometry import unit_trust
+from torchgeom_optim.geometry.unit_trust import expected_slope, spread_floor, turned_back, unit_scale
 
 
 def positive(seed: int, scale: float = 1.0) -> torch.Tensor:
@@ -94,3 +95,33 @@ def test_an_overflow_later_on_is_passed_over():
     kept = torch.cat([slopes[:20], slopes[21:]])
     torch.testing.assert_close(averages(overflowed)[-1, 0], averages(kept)[-1, 0], rtol=0, atol=0)
     assert torch.equal(averages(overflowed)[20, 0], averages(overflowed)[19, 0])
+
+
+@given(seed=st.integers(0, 1000), angle=st.floats(0.0, 0.3), share=st.sampled_from([0.0, 0.5, 1.0]))
+def test_of_the_spread_that_noise_adds_its_share_is_taken_back(seed, angle, share):
+    """y - lr (s u + b y) for u at right angles to y, in numbers: y turns by the angle whose tangent is given."""
+    g = torch.Generator().manual_seed(seed)
+    y, u = torch.linalg.qr(torch.randn(50, 2, generator=g, dtype=torch.float64)).Q.T
+    variance = torch.tensor([4.0, 9.0], dtype=torch.float64)  # of y, and of u
+    lr, scale = 0.1, torch.tensor([10 * angle * 2.0 / 3.0], dtype=torch.float64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(unit_trust, "_TAKEN_BACK", share)
+        b = turned_back(variance[:1], variance[1:], scale, lr)
+    new = 2.0 * y - lr * (scale * 3.0 * u + b * 2.0 * y)
+    growth = float(new.square().sum()) / 4.0 - 1
+    assert growth == pytest.approx((1 - share) * angle**2, rel=1e-6, abs=angle**4 + 1e-12)
+
+
+@given(seed=st.integers(0, 1000), exponent=st.integers(-6, 6))
+def test_rescaling_changes_nothing_of_what_is_taken_back(seed, exponent):
+    spread, change, scale, kappa = positive(seed), positive(seed + 1), positive(seed + 2), 10.0**exponent
+    b = turned_back(spread, change, scale, 0.3)
+    other = turned_back(spread * kappa**2, change / kappa**2, scale * kappa**2, 0.3)
+    torch.testing.assert_close(other, b, **tolerance(condition=10))
+
+
+def test_nothing_is_taken_back_of_what_does_not_move():
+    zeros, ones, infinite = torch.zeros(2), torch.ones(2), torch.full((2,), math.inf)
+    for case in ((zeros, ones, ones), (ones, zeros, ones), (ones, ones, zeros), (ones, infinite, zeros), (zeros,) * 3):
+        torch.testing.assert_close(turned_back(*case, 0.3), zeros)
+    torch.testing.assert_close(turned_back(ones, ones, ones, 0.0), zeros)

@@ -209,8 +209,8 @@ def test_residual_sum():
         model.stem.weight[3], model.stem.bias[3] = 0.0, -1.0
     done = check(model, images())
     assert done.report.widths == {"stem": (5, 4), "conv1": (6, 4), "conv2": (5, 4)}  # 3 goes, 2 lives on in the stem
-    assert done.report.kept == {"conv2": {"it is not constant where 'conv1' takes it": 1}}
-    assert "conv2: 1 kept: it is not constant" in str(done.report)
+    assert done.report.kept == {"conv2": {"added to what varies (a skip connection) before 'conv1'": 1}}
+    assert "conv2: 1 idle units stay: added to what varies" in str(done.report)
     with pytest.raises(CompactionError, match=r"1 units of 'conv2'.*'conv1'.*strict=False"):
         compact(model, images(), strict=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import shutil
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchgeom_optim.models import GradNet, RecordCache, UnsupportedBaseError
+from torchgeom_optim.models import GradNet, NonFiniteLossError, RecordCache, UnsupportedBaseError
 
 METHODS = ("gated", "linearised", "paper")
 C = 3
@@ -275,6 +276,7 @@ def with_nan() -> list[tuple[Tensor, Tensor]]:
         (with_nan(), ValueError, "finite"),
         ([], ValueError, "no sample|not calibrated"),
         ([DATA[0][0]], TypeError, "pairs"),
+        (DATA[0][0], TypeError, r"data is a tensor.*list\(zip"),
         (iter(DATA), TypeError, "gone through again"),
     ],
 )
@@ -287,6 +289,30 @@ def test_bad_data_changes_nothing(method, batches, error, named):
     for name, value in gradnet.state_dict().items():
         assert torch.equal(value, before[name]), name
     assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("normalization", ["scale", "scale_power", "standard"])
+def test_coordinates_that_calibration_hardly_saw_do_no_harm(normalization):
+    def batch(size: float, seed: int) -> tuple[Tensor, Tensor]:
+        x = data(40, seed, 40)[0][0]
+        x = torch.cat([x[:, 0, 0, :3], size * torch.randn(40, 9, dtype=x.dtype)], 1)
+        return x, x[:, :3].argmax(1)
+
+    torch.manual_seed(0)
+    model = nn.Linear(12, C).double()
+    batches = [batch(1e-9, 0), *(batch(1.0, seed) for seed in range(1, 9))]
+    gradnet = GradNet(model, C, method="paper", sample=batches[0][0], normalization=normalization, percentile=0)
+    gradnet.fit(batches, 4)
+    assert gradnet.history[-1]["loss"] < gradnet.history[0]["loss"] < 3
+
+
+def test_a_fit_that_diverges_says_so():
+    gradnet = good("paper", sample=X, normalization="none")
+    with pytest.raises(NonFiniteLossError, match="smaller learning rate") as caught:
+        gradnet.fit(DATA, 3, optimizer=lambda p: torch.optim.SGD(p, 1e200))
+    assert caught.value.epoch == 1
+    assert not math.isfinite(caught.value.loss)
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
 @pytest.mark.parametrize("calibrated", [False, True])

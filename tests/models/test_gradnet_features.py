@@ -165,6 +165,19 @@ def test_normalisations_by_their_formulas(name, power):
     assert np.isfinite(ours).all()
 
 
+@pytest.mark.parametrize("name", ["scale", "scale_power", "standard", "standard_unit"])
+def test_values_beyond_the_calibration_set_count_as_its_ends(name):
+    statistics, kept = statistics_of(G), torch.ones(2, 4, dtype=torch.bool)
+    beyond = torch.tensor([[-7.0, 5.0, 1e9, -3.0], [4.0, -4.5, 2.0, 1e-9]], dtype=torch.float64)
+    ends = torch.tensor([[1.0, 5.0, 2.0, 0.0], [3.0, -4.0, 2.0, 0.0]], dtype=torch.float64)
+    ours = normalize(beyond, kept, statistics, name)
+    torch.testing.assert_close(ours, normalize(ends, kept, statistics, name), rtol=0, atol=0)
+    assert ours.abs().max() <= 3**0.5  # of three samples none lies farther than sqrt(2) deviations from their mean
+    assert beyond[0, 2] == 1e9  # which is left as it was
+    for free in ("none", "power"):
+        assert normalize(beyond, kept, statistics, free).max() > 1e4
+
+
 def test_normalisation_refusals():
     with pytest.raises(ValueError, match="'scale_power' is the paper's best"):
         normalize(G, KEPT, statistics_of(G), "minmax")  # type: ignore[arg-type]

@@ -190,6 +190,8 @@ def test_a_curve_and_the_smallest_number_that_keeps_an_accuracy() -> None:
         decomposition.smallest(1.5)
     with pytest.raises(ValueError, match="no labels"):
         decompose(model, x).smallest(0.5)
+    assert f"accuracy: {one_by_one.accuracy_before:.4f} before" in str(one_by_one)
+    assert "accuracy: not known, as no labels were given" in str(decompose(model, x).reduced(k).report)
     with pytest.raises(ValueError, match=r"all 51 directions give 0\.0000"):
         decomposition.smallest(0.5, x, (labels + 1) % 3)
 

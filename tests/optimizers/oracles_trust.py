@@ -34,16 +34,21 @@ class TrustedReference:
             - "centred": inputs' means are moved out of weights even where no bias can take them up
             - "one_group": of a grouped convolution all units see the statistics of the first group
             - "momentum_outside": momentum of the scaled directions
+            - "long_momentum": the bound is the same with and without momentum
             - "whole_norms": normalisations move by the full share
             - "no_chain": the radius is not shared
+            - "no_turn", "whole_turn": none, or all, of the spread that a step adds is taken back
+            - "turned_embeddings": of embeddings too
     """
 
     def __init__(self, model: nn.Module, lr: float | None, rho: float, length: int, fault: str = "", **hyper) -> None:
         self.model, self.fault = model, fault
         self.lr = rho if lr is None else lr
         self.share = 1.0 if fault == "no_chain" else 1 / max(length, 4)
-        self.kappa = None if lr is None else rho * self.share / lr
         self.hyper = {"momentum": 0.0, "dampening": 0.0, "nesterov": False, "weight_decay": 0.0, **hyper}
+        m = self.hyper["momentum"]
+        self.share *= 1.0 if fault == "long_momentum" else math.sqrt((1 - m) / (1 + m))
+        self.kappa = None if lr is None else rho * self.share / lr
         self.averages: dict[Tensor, tuple[Tensor, Tensor]] = {}
         self.expected: dict[Tensor, Tensor] = {}
         self.buffers: dict[Tensor, Tensor] = {}
@@ -68,13 +73,16 @@ class TrustedReference:
         covered = set[Tensor]()
         for weight, own in calls.items():
             biases = [m.bias for m in {id(m): m for m, _, _ in own}.values() if getattr(m, "bias", None) is not None]
-            change = self._change(own, directions)
+            rows = self._changes(own, directions)
+            change = rows.square().mean(0)
             outputs = torch.cat([outputs_by_row(module, y) for module, _, y in own])
             spread = outputs.var(0, unbiased=False)
             if self.fault != "no_spread_floor":
                 spread = spread + 1e-3 * spread.mean() + 1e-5 * input_sq[weight]
             is_embedding = isinstance(own[0][0], nn.Embedding)
             self._scale(weight, change, spread, [weight, *biases], directions, by_column=is_embedding)
+            if not is_embedding or self.fault == "turned_embeddings":
+                self._turn(rows.var(0, unbiased=False), spread, [weight, *biases], directions, by_column=is_embedding)
             covered |= {weight, *biases}
         for module in self.model.modules():
             if isinstance(module, NORMS):
@@ -129,8 +137,8 @@ class TrustedReference:
             self.buffers[p] = d if past is None else momentum * past + (1 - self.hyper["dampening"]) * d
             directions[p] = d + momentum * self.buffers[p] if self.hyper["nesterov"] else self.buffers[p]
 
-    def _change(self, calls: list[Call], directions: dict[Tensor, Tensor]) -> Tensor:
-        """r_j^2: the mean square of what the units compute with the directions as their weights, on a few samples."""
+    def _changes(self, calls: list[Call], directions: dict[Tensor, Tensor]) -> Tensor:
+        """What the units compute with the directions as their weights, on a few samples: r_j^2 is the mean square."""
         rows = list[Tensor]()
         for module, x, _ in calls[-1:] if self.fault == "one_call" else calls:
             if isinstance(module, CONVOLUTIONS):
@@ -152,7 +160,24 @@ class TrustedReference:
                 continue
             state = {"weight": weight} if bias is None else {"weight": weight, "bias": directions[bias]}
             rows.append(outputs_by_row(module, torch.func.functional_call(module, state, (few,))))
-        return torch.cat(rows).square().mean(0)
+        return torch.cat(rows)
+
+    def _turn(
+        self,
+        variance: Tensor,
+        spread: Tensor,
+        parameters: list[Tensor],
+        directions: dict[Tensor, Tensor],
+        *,
+        by_column: bool,
+    ) -> None:
+        """The step p - lr d, made p / sqrt(1 + theta^2 / 2) - lr d with theta^2 the variance that lr d adds."""
+        share = {"no_turn": 0.0, "whole_turn": 1.0}.get(self.fault, 0.5)
+        for j, added in enumerate((self.lr * self.last_factors).square() * variance / spread):
+            left = 1 / math.sqrt(1 + share * float(added))
+            for p in parameters:
+                own = p[:, j] if by_column else p[j]
+                (directions[p][:, j] if by_column else directions[p][j]).add_(own, alpha=(1 - left) / self.lr)
 
     def _scale(
         self,
@@ -164,7 +189,7 @@ class TrustedReference:
         *,
         by_column: bool = False,
     ) -> None:
-        factors = self._factors(owner, change, spread)
+        factors = self.last_factors = self._factors(owner, change, spread)
         for p in parameters:
             units = directions[p].T if by_column else directions[p]
             units = torch.stack([factors[j] * units[j] for j in range(len(factors))])

@@ -151,6 +151,20 @@ def far_batches() -> list[Tensor]:
     return [torch.randn(8, 4, generator=generator) for _ in range(NUM_STEPS)]
 
 
+def gaps(case: OptimizerCase, parts: list[Tensor], parallel: Parallel = lambda model: model) -> dict[str, Tensor]:
+    """In the second batch an input has missing values, which fill outputs with infinity; what is seen in the third."""
+    model = parallel(nn.Sequential(far_from_zero(), nn.Hardtanh(0.0, 2e4)))
+    optimizer = case(model)
+    for step, x in enumerate(parts):
+        x = torch.where(x == parts[1][0, 0], 3e38, x) if step == 1 and in_first_process() else x
+        train(model, optimizer, [x], lambda y: (y - 1e4).sin().mean())
+    return {**parameters_of(model), "spread_sq": next(iter(optimizer.state.values()))["spread_sq"].clone()}
+
+
+def in_first_process() -> bool:
+    return not distributed.is_initialized() or distributed.get_rank() == 0
+
+
 def unequal(case: OptimizerCase, parallel: Parallel) -> dict[str, Tensor]:
     """5 and 3 samples; a loss that is weighted so that the mean over processes is that over samples."""
     model, rank = parallel(net()), distributed.get_rank()
@@ -291,6 +305,7 @@ def scenarios() -> Iterable[tuple[str, Callable[[], Any]]]:
             f"far {name}",
             lambda name=name: spreads(CASES[name], my_part(far_batches()), DistributedDataParallel(far_from_zero())),
         )
+        yield f"gaps {name}", lambda name=name: gaps(CASES[name], my_part(far_batches()), ddp)
     for name in BRANCH_CASES:
         yield f"branches {name}", lambda name=name: branches(CASES[name])
     for name in FAR_CASES:

@@ -82,6 +82,13 @@ def test_the_spread_of_outputs_far_from_zero_keeps_its_digits(results, name):
     torch.testing.assert_close(assert_all_agree(results, f"far {name}"), expected, rtol=0.01, atol=0)
 
 
+@pytest.mark.parametrize("name", ranks.FAR_CASES)
+def test_infinite_outputs_of_one_process_are_forgotten_by_all(results, name):
+    expected = ranks.gaps(ranks.CASES[name], ranks.far_batches())
+    assert all(bool(value.isfinite().all()) for value in expected.values())
+    torch.testing.assert_close(assert_all_agree(results, f"gaps {name}"), expected, rtol=0.01, atol=0)
+
+
 @parallel
 @pytest.mark.parametrize("scenario", ["unequal", "accumulated", "averaged_twice", "scaled", "resumed"])
 @pytest.mark.parametrize("name", ranks.PASS_CASES)

@@ -283,6 +283,20 @@ def test_several_loaders_by_name():
     assert sparsifier.path[-1].accuracy == max(lowest)
 
 
+@pytest.mark.parametrize("pair", [list, tuple])
+def test_a_path_along_a_loader_goes_without_its_labels(pair):
+    models = mlp(), mlp()
+    x = batch(1)
+    for model, given in zip(models, (x, pair((x, labels_of(models[0], x)))), strict=True):
+        GeodesicSparsifier(model, Sparsity(0.5), steps=2).run([given])
+    torch.testing.assert_close(models[0].state_dict(), models[1].state_dict(), rtol=0, atol=0)
+
+
+def test_the_share_that_is_cut_is_of_what_the_target_counts():
+    sparsifier = GeodesicSparsifier(mlp(), Sparsity(0.5), steps=2)
+    assert sparsifier.run([batch()])[-1].cut == pytest.approx(0.5, abs=0.01)  # of 356 weights, without 31 biases
+
+
 def test_training_in_between_leaves_the_cut_at_zero():
     model = mlp()
     sparsifier = GeodesicSparsifier(model, Sparsity(0.5), steps=3, undo_drift=False)

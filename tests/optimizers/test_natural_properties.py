@@ -220,3 +220,24 @@ def test_the_order_of_samples_and_units_changes_nothing(kind, seed):
         model[0].bias.copy_(model[0].bias[units])
         model[2].weight.copy_(model[2].weight[:, units])
     assert_same_parameters(other, model, **tolerance(condition=1e6))
+
+
+# -- what float32 cannot hold --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("slope", [1e-18, 1e-20, 1e-25])
+@pytest.mark.parametrize(
+    ("metric", "block"), [("kronecker", "layer"), ("kronecker", "network"), ("kronecker_diagonal", "unit"),
+                          ("exact", "layer")]
+)  # fmt: skip
+def test_slopes_whose_squares_vanish_move_nothing(metric, block, slope):
+    """As of a classifier that is certain: its probabilities of other classes are 1e-20."""
+    model, batches = drawn(0)
+    model.float()
+    before = copy.deepcopy(model)
+    optimizer = BlockNaturalGradient(model, 0.1, metric=metric, block=block)
+    for x in batches:
+        optimizer.zero_grad()
+        (model(x.float()).sin().mean() * slope).backward()
+        optimizer.step()
+    assert_same_parameters(model, before, rtol=1e-6, atol=1e-6)

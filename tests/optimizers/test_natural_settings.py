@@ -52,6 +52,8 @@ def test_without_a_rate_it_is_the_one_that_was_measured():
     ):
         (group,) = BlockNaturalGradient(model, None, metric, block).param_groups
         assert (group["lr"], group["damping"]) == (lr, damping)
+        (group,) = BlockNaturalGradient(model, None, metric, block, momentum=0.75).param_groups
+        assert group["lr"] == lr / 4
     for build in (BlockNaturalGradient.rmsprop, BlockNaturalGradient.normalized_sgd, BlockNaturalGradient.trpo,
                   BlockNaturalGradient.kfac):  # fmt: skip
         named = build(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -60,6 +61,31 @@ def test_sparse_gradients(settings):
     assert "sparse" in optimizer.report()[0].note
 
 
+@pytest.mark.parametrize(
+    "build", [WhiteningSGD, BlockNaturalGradient, BlockNaturalGradient.kfac, BlockNaturalGradient.trpo]
+)
+def test_without_a_model_a_warning_says_that_it_is_sgd(build):
+    model = small_net()
+    with pytest.warns(UserWarning, match=r"was given no model.*torch.optim.SGD.*\(groups, model=model\)"):
+        build(model.parameters())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build(model)
+        build(model.parameters(), model=model)
+        WhiteningSGD(model.parameters(), rule="sgd")
+        WhiteningSGD([{"params": model.parameters(), "rule": "sgd"}])
+        BlockNaturalGradient.rmsprop(model.parameters())
+        BlockNaturalGradient.normalized_sgd(model.parameters())
+
+
+@pytest.mark.parametrize("build", [WhiteningSGD, BlockNaturalGradient])
+def test_a_model_in_the_place_of_the_learning_rate(build):
+    model = small_net()
+    with pytest.raises(TypeError, match=r"lr \(default\): got a SmallNet; need a number. Give a model as model="):
+        build(model.parameters(), model)
+
+
+@pytest.mark.filterwarnings("ignore:.*was given no model")
 @pytest.mark.parametrize("way_in", ["rule", "no model", "groups"])
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_models_too(settings, way_in):
@@ -78,6 +104,7 @@ def test_models_too(settings, way_in):
     assert {row.rule for row in optimizer.report()} == {"sgd"}
 
 
+@pytest.mark.filterwarnings("ignore:.*was given no model")
 def test_a_checkpoint_of_sgd_goes_on_as_sgd_where_sgd_is_meant():
     for settings in ({"rule": "sgd"}, {}):
         ours, theirs, batches = small_net(), small_net(), small_batches(6)

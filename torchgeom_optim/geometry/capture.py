@@ -71,8 +71,13 @@ class Capture:
             self._handles.append(handle)
 
     def close(self) -> None:
-        """Remove every hook. Calling it twice is fine."""
+        """Remove every hook; :meth:`add` may set new ones. Calling it twice is fine."""
         _remove(self._handles)
+
+    @property
+    def is_watching(self) -> bool:
+        """Whether there are hooks."""
+        return bool(self._handles)
 
     def __enter__(self) -> Capture:
         return self

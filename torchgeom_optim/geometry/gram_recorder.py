@@ -71,7 +71,12 @@ class GramRecorder:
         self._pass: _RecordedPass | None = None
         self._count = 0
         self._overlapping: set[int] = set()
-        self._capture = Capture(watched_layers(model.modules()), self._on_call)
+        self._layers = watched_layers(model.modules())
+        self._capture = Capture((), self._on_call)
+        # Compiled code does not notice hooks that are set later.
+        self._is_compiled = any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules())
+        if self._is_compiled:
+            self._capture.add(self._layers)
         hook = _ModelHook(weakref.ref(self))
         self._handles: list[RemovableHandle] = [
             model.register_forward_pre_hook(hook.before, prepend=True, with_kwargs=True),
@@ -160,15 +165,23 @@ class GramRecorder:
         return None if self._pass is None else self._pass.record.on_call(module, layer_input, output)
 
     def _before_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self.enabled or not torch.is_grad_enabled() or _private_captures.get() is not None:
+        if not torch.is_grad_enabled() or _private_captures.get() is not None or _in_functional_transform():
             return
-        if _in_functional_transform():
+        self._watch_layers()
+        if not self.enabled:
             return
         self.reset()
         self._count += 1
         self._pass = _RecordedPass(self._model, self._count, args, kwargs, self._of_inputs)
         self._pass.accumulator.per_parameter = self._per_parameter
         self._pass.accumulator.per_layer = self._per_layer
+
+    def _watch_layers(self) -> None:
+        """Passes that go by need no hooks on the layers, which cost 5 µs each."""
+        if self.enabled and not self._capture.is_watching:
+            self._capture.add(self._layers)
+        elif not self.enabled and not self._is_compiled:
+            self._capture.close()
 
     def _after_forward(self, output: Any) -> None:
         last = self._pass

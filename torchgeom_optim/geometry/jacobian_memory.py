@@ -16,7 +16,7 @@ _ADVICE = {
     "transposed_product": "Take fewer vectors at once, or a smaller batch_size.",
     "rows": "Give a smaller batch_size, or fewer parameters.",
     "dense": "Use products, rows() or gram(), which do not hold J, or fewer samples.",
-    "gram": "Use products J @ (J.T @ u), or fewer samples.",
+    "gram": "Use products J @ (J.T @ u), of a spectrum num_eigenvalues=50, or fewer samples.",
 }
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from torchgeom_optim.geometry.deprecations import without_own_deprecations
 from torchgeom_optim.geometry.mini_batches import MiniBatch, map_tensors, tensors_of
 
 __all__ = [
@@ -100,7 +101,8 @@ def push_forward(function: Function, values: Weights, tangents: Weights, switche
     """J v for each of the tangents v, name to [k, *shape], by forward mode: [k, b, C]."""
 
     def push(tangent: Weights) -> Tensor:
-        result: Tensor = torch.func.jvp(lambda weights: function(weights, _same), (values,), (tangent,))[1]
+        with without_own_deprecations():
+            result: Tensor = torch.func.jvp(lambda weights: function(weights, _same), (values,), (tangent,))[1]
         return result
 
     k = len(next(iter(tangents.values())))

@@ -46,11 +46,13 @@ def guarded_second_moment(running: Moments, batch: Moments) -> Tensor:
         batch: moments of this batch; likewise.
 
     Returns:
-        q, shape [n], units input^2. Elementwise: vectors of several layers may be joined.
+        q, shape [n], units input^2; infinite where squares overflow, and so alpha^2 is 0 there. Elementwise: vectors of
+        several layers may be joined.
     """
     drift = batch.mean - running.mean
     q = torch.maximum(running.variance, torch.addcmul(batch.variance, drift, drift))
-    return q.addcmul_(running.mean, running.mean, value=torch.finfo(q.dtype).eps)
+    q.addcmul_(running.mean, running.mean, value=torch.finfo(q.dtype).eps)
+    return q.nan_to_num_(nan=math.inf, posinf=math.inf)
 
 
 def precision(second_moment: Tensor, floor: Tensor) -> Tensor:

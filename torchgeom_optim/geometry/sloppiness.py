@@ -57,6 +57,21 @@ class Sloppiness:
     trace: float
     num_for_90_percent: int
 
+    def __str__(self) -> str:
+        first, last = self.slope_range
+        lines = [
+            f"{self.rank} of {self.num_eigenvalues} eigenvalues above round-off ({self.roundoff:.2g}), over "
+            f"{self.decades:.1f} decades; trace {self.trace:.4g}",
+            f"{self.num_stiff} ({self.stiff_fraction:.1%}) are stiff: at least {self.stiff_threshold:g} of the "
+            f"largest; {self.num_for_90_percent} make up 90 % of the trace",
+            f"effective dimension {self.effective_dimension:.1f} (damping {self.damping:g} of the largest), "
+            f"participation ratio {self.participation_ratio:.1f}",
+        ]
+        if not math.isnan(self.slope):
+            fall = -self.slope * (last - first)
+            lines.append(f"numbers {first + 1} to {last + 1} fall evenly, by {fall:.1f} decades in all")
+        return "\n".join(lines)
+
 
 def sloppiness(
     eigenvalues: Tensor,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torchgeom_optim.geometry.all_eigenvalues import Eigenvalues, all_eigenvalues, product_in_float64
+from torchgeom_optim.geometry.deprecations import without_own_deprecations
 from torchgeom_optim.geometry.jacobian import Jacobian
 from torchgeom_optim.geometry.jacobian_gram import carried_to_outputs, coordinates_of_outputs
 from torchgeom_optim.geometry.lanczos import Estimate, SpectralDensity, random_signs, spectral_density, top_eigenpairs
@@ -68,6 +68,15 @@ class Spectrum:
     dtype: torch.dtype
     _vectors: Callable[[int], Tensor] = field(repr=False)
     eigenvalue_dtype: torch.dtype = torch.float64
+
+    def __str__(self) -> str:
+        values, which = self.eigenvalues, "all" if self.complete else "the largest"
+        accuracy = "" if self.converged else "; not converged, see residuals"
+        return (
+            f"{self.matrix}\n{which} {len(values)} eigenvalues, {float(values[0]):.4g} to {float(values[-1]):.4g}, "
+            f"{self.rank} above round-off ({self.roundoff:.2g}){accuracy}\n"
+            f"trace {self.trace.value:.4g} +- {self.trace.standard_error:.2g}; {self.normalisation}"
+        )
 
     @property
     def rank(self) -> int:
@@ -325,8 +334,7 @@ def _carried_back(jacobian: Jacobian, left: Tensor, values: Tensor) -> Tensor:
 def _rows_are_cheaper(jacobian: Jacobian, num: int) -> bool:
     """Whether J'u for so many u costs more by a backward pass each than from the rows, which C of them give."""
     weights, function = jacobian.shape[1], jacobian._f
-    with warnings.catch_warnings():  # torch's own use of what it deprecates
-        warnings.simplefilter("ignore", FutureWarning)
+    with without_own_deprecations():
         from torch.utils.flop_counter import FlopCounterMode  # here, for it imports much
 
         with FlopCounterMode(display=False) as counter, function.private(), torch.no_grad():

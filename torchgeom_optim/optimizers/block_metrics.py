@@ -210,9 +210,10 @@ def _diagonal(part: Part, metric: str, moments: SampleMoments | None) -> Callabl
 
 
 def _or_one(damping: Tensor, factor: Tensor) -> Tensor:
-    """Damping; where a factor is zero throughout, and so its diagonal, 1 in the place of a share of nothing."""
+    """Damping; where a factor, and so its diagonal, is zero or cannot be inverted in its precision, 1 in its place."""
     on_diagonal = torch.diagonal(factor, dim1=-2, dim2=-1) if factor.dim() > 2 else factor
-    return torch.where((on_diagonal == 0).all(-1), 1.0, damping)
+    numbers = torch.finfo(factor.dtype)
+    return torch.where((on_diagonal < numbers.tiny / numbers.eps).all(-1), 1.0, damping)
 
 
 def _whitening(part: Part, *, scale_free: bool) -> WhiteningMetric:
@@ -236,7 +237,9 @@ def _whitening(part: Part, *, scale_free: bool) -> WhiteningMetric:
         if spread_sq is None:
             raise _unknown_inputs()
         part.new[0]["spread_sq"] = spread_sq
-        of_outputs = spread_sq + spread_floor(spread_sq.mean(), q.mean(), part.group["damping"])
+        spread_sq = spread_sq.nan_to_num(nan=0.0, posinf=0.0)  # of outputs that overflow it says nothing
+        floor = spread_floor(spread_sq.mean(), q.mean(), part.group["damping"])
+        of_outputs = spread_sq + floor.nan_to_num_(nan=0.0, posinf=0.0)
     return WhiteningMetric(running.mean if is_centred else None, scale, of_outputs, layer.groups)
 
 

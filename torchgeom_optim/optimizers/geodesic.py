@@ -175,7 +175,8 @@ class GeodesicSparsifier(NetworkPath):
                 reestimate_batch_norm(metric)
             seconds = self.path[-1].seconds + time.perf_counter() - begin
             accuracies = accuracies_of(self._model, self._evaluate, self._select, self._class_dim)
-            share = float(cut.float().mean())
+            countable = self._space(new).single
+            share = float(cut[countable].float().mean()) if bool(countable.any()) else 0.0
             before = self.path[-1]
             distance = self._distance(new)
             point = PathPoint(before.step + 1, distance, before.length + length, drift, share, accuracies, seconds)

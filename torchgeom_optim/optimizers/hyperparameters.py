@@ -7,7 +7,7 @@ import numbers
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = ["check_choice", "check_flags", "check_interval", "check_range", "check_sgd_settings"]
 
@@ -30,6 +30,8 @@ def check_range(
         ValueError: outside of the range.
     """
     value = group[name]
+    if isinstance(value, nn.Module):
+        raise TypeError(f"{name} ({where}): got a {type(value).__name__}; need a number. Give a model as model=.")
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name} ({where}): got a tensor of shape {tuple(value.shape)}; need one element. {hint}")

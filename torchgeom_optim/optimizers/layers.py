@@ -279,29 +279,28 @@ class AffineLayer:
         """Whether the call of this step is that of several processes, if not of this one."""
         return bool(self.calls) and isinstance(self.calls[0].num_samples, Tensor)
 
-    def measured_change(self, directions: Mapping[int, Tensor]) -> tuple[Tensor | None, int]:
-        """r_j^2, the mean square of what the layer computes with directions in place of its weights, on the probes.
+    def measured_change(self, directions: Mapping[int, Tensor]) -> Moments | None:
+        """Moments of what the layer computes with directions in place of its weights, on the probes.
 
         Args:
             directions: by the id of a parameter; what is missing does not move.
 
         Returns:
-            r^2 of shape [m], and the number of samples; None and 0 without a probe.
+            Mean and variance of shape [m], and the number of samples; None without a probe.
         """
-        parts: list[tuple[Tensor, int]] = []
+        parts: list[Moments] = []
         weight = directions.get(id(self.weight))
         for module, x in (probe for call in self.calls for probe in call.probes):
             bias = module._parameters.get("bias")
             bias_step = None if bias is None else directions.get(id(bias))
             if weight is not None:
-                change = at_least_float32(self._applied(module, x, weight, bias_step))
-                parts.append((change.square_().mean([0, *range(2, change.dim())]), len(x)))
+                change = self._applied(module, x, weight, bias_step)
+                moments = moments_of(change.flatten(2) if change.dim() > 2 else change)
+                parts.append(moments._replace(count=len(x)))
             elif bias_step is not None:
-                parts.append((at_least_float32(bias_step).square(), len(x)))
-        if len(parts) <= 1:
-            return parts[0] if parts else (None, 0)
-        count = sum(number for _, number in parts)
-        return torch.stack([part * (number / count) for part, number in parts]).sum(0), count
+                change = at_least_float32(bias_step)
+                parts.append(Moments(len(x), change, torch.zeros_like(change)))
+        return pooled_moments(parts) if parts else None
 
     def _applied(self, module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.is_embedding:

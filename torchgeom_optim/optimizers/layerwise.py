@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from abc import abstractmethod
 from collections import OrderedDict
@@ -51,7 +52,7 @@ class LayerwiseOptimizer(Optimizer):
     Args:
         params: a model, or parameters or groups of them.
         defaults: hyper-parameters of groups that do not say otherwise.
-        model: the module that owns the parameters; None makes every parameter one without a layer.
+        model: the module that owns the parameters; None makes every parameter one without a layer, and warns.
         process_group: the processes that train the model together; None takes those of DistributedDataParallel or
             ``fully_shard`` if the model is in one, else the default group.
         error_if_nonfinite: whether a step looks at whether its gradients are finite; None does so on the CPU, where
@@ -87,6 +88,14 @@ class LayerwiseOptimizer(Optimizer):
         self._check_group(defaults, "default")
         super().__init__(params, {**defaults, "state_version": STATE_VERSION})
         self._watch_layers()
+        if model is None and self._needs_model and any(group["rule"] != "sgd" for group in self.param_groups):
+            name = type(self).__name__
+            warnings.warn(
+                f"{name} was given no model, so that it sees no layers and steps every parameter as torch.optim.SGD "
+                f"does: give it the model, {name}(model) or {name}(groups, model=model); rule='sgd' says that SGD is "
+                "what you want.",
+                stacklevel=3,
+            )
 
     @abstractmethod
     def _check_group(self, group: Mapping[str, Any], where: str) -> None:
@@ -107,6 +116,11 @@ class LayerwiseOptimizer(Optimizer):
     @abstractmethod
     def _directions(self, layers: list[AffineLayer]) -> dict[int, Tensor]:
         """By the id of a parameter, what SGD is given in place of its gradient; updates the statistics."""
+
+    @property
+    def _needs_model(self) -> bool:
+        """Whether there is nothing but plain SGD without a model."""
+        return True
 
     # -- parameter groups and layers ----------------------------------------------------------------------------
 
@@ -309,7 +323,10 @@ class LayerwiseOptimizer(Optimizer):
                 for layer in layers:
                     # Of a layer that is not stepped only the processes that called it know them; states have to agree.
                     if layer in active and (moments := layer.output_moments()) is not None:
-                        self.state[layer.weight]["output_mean"] = moments.mean
+                        state = self.state[layer.weight]
+                        past = state.get("output_mean", torch.zeros_like(moments.mean))
+                        # A mean of outputs that overflow would be no point to take the next variance about.
+                        state["output_mean"] = torch.where(moments.variance.isfinite(), moments.mean, past)
         except BaseException:
             for layer, own in calls:
                 layer.calls = own

@@ -69,29 +69,29 @@ class NamedMembers:
         )
 
     @classmethod
-    def fan_in(cls: type[_T], model: nn.Module | Iterable[Any], lr: float | Tensor = 3.0, **settings: Any) -> _T:
+    def fan_in(cls: type[_T], params: nn.Module | Iterable[Any], lr: float | Tensor = 3.0, **settings: Any) -> _T:
         """Steps divided by sqrt(n s) (§3.5), n the fan-in and s the positions at which a weight is applied.
 
         Equal to ``WhiteningSGD(rule="fan_in")``.
 
         Args:
-            model: as ``params`` of the class.
+            params: as for the class; groups need ``model=``, among the settings.
             lr: learning rate.
             **settings: any other of the class.
 
         Returns:
             The optimizer.
         """
-        return _build(cls, model, lr, **{"metric": "identity", "block": "unit", "expectation": "fan_in", **settings})
+        return _build(cls, params, lr, **{"metric": "identity", "block": "unit", "expectation": "fan_in", **settings})
 
     @classmethod
-    def trpo(cls: type[_T], model: nn.Module | Iterable[Any], lr: float | Tensor = 0.03, **settings: Any) -> _T:
+    def trpo(cls: type[_T], params: nn.Module | Iterable[Any], lr: float | Tensor = 0.03, **settings: Any) -> _T:
         """Natural gradient with one step length for the whole network: Eq. (9), as in TRPO (Schulman et al. 2015).
 
         G is block-diagonal over layers: Kronecker factors, or with ``metric="exact"`` each layer's whole matrix.
 
         Args:
-            model: as ``params`` of the class.
+            params: as for the class; groups need ``model=``, among the settings.
             lr: metric length of the step.
             **settings: any other of the class.
 
@@ -99,23 +99,23 @@ class NamedMembers:
             The optimizer.
         """
         family = {"metric": "kronecker", "block": "network", "norm_decay": 0.0, "eps": 0.0}
-        return _build(cls, model, lr, **{**family, **settings})
+        return _build(cls, params, lr, **{**family, **settings})
 
     @classmethod
-    def kfac(cls: type[_T], model: nn.Module | Iterable[Any], lr: float | Tensor = 0.03, **settings: Any) -> _T:
+    def kfac(cls: type[_T], params: nn.Module | Iterable[Any], lr: float | Tensor = 0.03, **settings: Any) -> _T:
         """K-FAC (Martens and Grosse 2015) with a trust region in every layer in place of its rescaling.
 
         Factors from every step, inverses every 10 steps, unless settings say otherwise.
 
         Args:
-            model: as ``params`` of the class.
+            params: as for the class; groups need ``model=``, among the settings.
             lr: metric length of a layer's step.
             **settings: any other of the class.
 
         Returns:
             The optimizer.
         """
-        return _build(cls, model, lr, **{"metric": "kronecker", "block": "layer", **settings})
+        return _build(cls, params, lr, **{"metric": "kronecker", "block": "layer", **settings})
 
 
 def _build(cls: Callable[..., _T], *args: Any, **settings: Any) -> _T:

@@ -103,7 +103,7 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
     WhiteningSGD's drift guard; "scale_free_whitening": and of the outputs'. Kronecker: the pi-split of Martens and
     Grosse 2015, §6.3, of damping * mean(diag A) mean(diag B). "exact": of its mean diagonal. A matrix that is not
     positive definite even so is an error, before anything has changed. Where G is zero to rounding (dead units, a loss
-    that is met) diagonal metrics take no step, matrices are taken for 1.
+    that is met; in float32 gradients of 1e-16) diagonal metrics take no step, matrices are taken for 1.
     Metrics made of gradients measure in units of the loss: as gradients vanish, a step of given length grows in the
     weights, so let lr decay.
 
@@ -128,8 +128,8 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
             suited three small networks over 100 steps, decaying linearly to 0: "kronecker" 0.03 (units 0.003),
             "whitening" 0.03 (layers 0.1), "scale_free_whitening" 0.01, "fisher_diagonal" by layers and
             "fisher_quasi_diagonal" 0.003, "diagonal" by layers 0.001, "quasi_diagonal" 0.0003, "identity" by weights
-            0.001, by layers or as a network 1; other pairs of metric and block need a number, and so does another
-            ``expectation`` than "average".
+            0.001, by layers or as a network 1, each times 1 - momentum; other pairs of metric and block need a number,
+            and so does another ``expectation`` than "average".
         metric: see above; the same for all groups.
         block: see above; likewise.
         model: the module that the parameters belong to.
@@ -255,7 +255,7 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
         check_combination(metric, block, expectation)
         norm_decay = (0.0 if metric in WITH_MATRICES else 0.95) if norm_decay == "auto" else norm_decay
         damping = default_damping(metric) if damping == "auto" else damping
-        lr = default_lr(metric, block, expectation) if lr is None else lr
+        lr = default_lr(metric, block, expectation, momentum) if lr is None else lr
         self.metric: Metric = metric
         self.block: Block | Literal["network"] = block
         self._norm_start, self._expectation = norm_start, expectation
@@ -291,6 +291,10 @@ class BlockNaturalGradient(NamedMembers, LayerwiseOptimizer):
     @property
     def _kind(self) -> FactorKind | None:
         return kind_of_factors(self.metric, self._expectation)
+
+    @property
+    def _needs_model(self) -> bool:
+        return self.metric != "identity" or self._expectation != "average"
 
     @property
     def _needs_calls(self) -> bool:

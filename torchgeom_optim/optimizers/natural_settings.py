@@ -86,13 +86,14 @@ def check_group(group: Mapping[str, Any], where: str, metric: str) -> None:
         )
 
 
-def default_lr(metric: str, block: str, expectation: str) -> float:
-    """A length of the step that suited three networks.
+def default_lr(metric: str, block: str, expectation: str, momentum: float = 0.0) -> float:
+    """A length of the step that suited three networks, without momentum; times 1 - momentum with it.
 
     Args:
         metric: one of the names above.
         block: a block, or "network".
         expectation: "average", with which they were measured; others have another scale.
+        momentum: with which a direction is stepped along for 1 / (1 - momentum) steps; one in (0, 1) is counted.
 
     Returns:
         The length.
@@ -111,7 +112,8 @@ def default_lr(metric: str, block: str, expectation: str) -> float:
             f"lr=None with metric={metric!r}, block={block!r}: need a number, as none was measured for these; "
             f"{f'measured are {others}' if others else 'try 0.003'}."
         )
-    return _RATES[metric, block]
+    is_counted = isinstance(momentum, (int, float)) and 0 < momentum < 1  # others are checked later
+    return _RATES[metric, block] * (1 - momentum if is_counted else 1.0)
 
 
 def default_damping(metric: str) -> float:

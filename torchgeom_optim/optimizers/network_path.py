@@ -137,7 +137,8 @@ class NetworkPath(Optimizer):
         """Take steps until the path arrives or stops.
 
         Args:
-            batches: one for each step; gone through again from the beginning if there are fewer.
+            batches: one for each step; gone through again from the beginning if there are fewer. Of a pair whose second
+                part is one whole number for each sample, as a DataLoader gives it, the labels are left out.
             between: called after every step but the last, to train with labels; then the cut entries are put back
                 to zero.
             progress: show a progress bar (extra ``demo``, which brings tqdm).
@@ -158,7 +159,7 @@ class NetworkPath(Optimizer):
                     batch = next(source, None)
                 if batch is None:
                     raise ValueError(f"batches ran dry {self._remaining} steps early; need a list or a loader.")
-                point = self.step(batch)
+                point = self.step(_without_labels(batch))
                 if bar is not None:
                     bar.update(1)
                     bar.set_postfix(cut=f"{point.cut:.3f}", drift=f"{point.drift:.3g}", **point.accuracies)
@@ -324,3 +325,11 @@ class NetworkPath(Optimizer):
         """Everything that a copy or a pickle needs but hooks; the model goes with it."""
         own = {key: value for key, value in vars(self).items() if not key.startswith("_optimizer_")}
         return {**own, **super().__getstate__()}
+
+
+def _without_labels(batch: Any) -> Any:
+    """The inputs of a classifier's mini-batch (inputs, labels); anything else as it is."""
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[1], Tensor):
+        return batch
+    is_label = batch[1].dim() == 1 and not batch[1].is_floating_point() and not batch[1].is_complex()
+    return batch[0] if is_label else batch

@@ -27,7 +27,7 @@ class PathPoint(NamedTuple):
         length: of the path so far, in the metric that its steps were taken in: the sum over steps of how far the
             function moved, root mean square over samples.
         drift: how far the function is from that of the beginning, root mean square over this step's samples.
-        cut: share of the entries in the groups that are held at zero.
+        cut: share of the weights that may be cut, biases and norms aside as in ``Sparsity``, that are held at zero.
         accuracies: by name, where there is something to evaluate.
         seconds: that the steps took so far, evaluation left out.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -20,6 +21,7 @@ from torchgeom_optim.optimizers.unit_trust import (
     find_norms,
     layer_block,
     norm_block,
+    past_slope,
     scale_blocks,
 )
 
@@ -95,7 +97,9 @@ class TrustRegionRule:
                 directions,
                 state.__getitem__,
                 partial(_bounded, group),
+                lr=group["lr"],
                 decay=group["decay"],
+                maximize=group["maximize"],
                 mean_over_ranks=ranks.means,
             )
 
@@ -149,9 +153,10 @@ def _bounded_alone(parameter: Tensor, group: Mapping[str, Any], state: dict[str,
     grad = grad.coalesce() if grad.is_sparse else grad
     values = grad.values() if grad.is_sparse else grad
     change_sq = (values.abs().square().sum() / parameter.numel()).reshape(1)
-    own_sq = parameter.detach().abs().square().mean().reshape(1) + BARE_FLOOR
+    own_sq = parameter.detach().abs().square().mean().reshape(1).add_(BARE_FLOOR)
+    own_sq.clamp_(max=torch.finfo(own_sq.dtype).max / 16)
     slope_sq = change_sq * own_sq
-    expected = expected_slope(state.get("slope_sq", slope_sq), slope_sq, group["decay"])
+    expected = expected_slope(past_slope(state, slope_sq, own_sq), slope_sq, group["decay"])
     state["slope_sq"] = expected
     slope_sq = torch.maximum(slope_sq, expected)
     factor = _bounded(group, unit_scale(own_sq, slope_sq, SLOPE_SHARE * slope_sq)) * (1 - group["momentum"])
@@ -163,7 +168,9 @@ def _bounded_alone(parameter: Tensor, group: Mapping[str, Any], state: dict[str,
 
 def _bounded(group: Mapping[str, Any], scale: Tensor) -> Tensor:
     """From c_j to the factor of a direction: min(1, kappa c_j) with kappa = rho / lr_0, or c_j where lr is rho."""
-    radius = 1.0 / max(group["chain_length"] or 1, _SHORT_CHAIN)
+    # Steps of equal length that are correlated like m^k add up to a walk sqrt((1 + m) / (1 - m)) times as long.
+    m = min(float(group["momentum"]), 1.0)
+    radius = math.sqrt((1.0 - m) / (1.0 + m)) / max(group["chain_length"] or 1, _SHORT_CHAIN)
     if group["reference_lr"] is None:
         return scale.mul_(radius)
     bounded: Tensor = (scale * (radius * group["trust_radius"] / group["reference_lr"])).clamp_(max=1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
@@ -10,18 +11,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchgeom_optim.geometry.moments import at_least_float32
+from torchgeom_optim.geometry.moments import Moments, at_least_float32
 from torchgeom_optim.geometry.segments import Segments, constants
 from torchgeom_optim.geometry.unit_trust import (
     SLOPE_SHARE,
     expected_slope,
     spread_floor,
+    turned_back,
     unit_scale,
 )
 from torchgeom_optim.optimizers.distributed import is_sharded, local_part, part_along, whole, with_local
 from torchgeom_optim.optimizers.layers import AffineLayer
 
-__all__ = ["BARE_FLOOR", "TrustedBlock", "bare_block", "find_norms", "layer_block", "norm_block", "scale_blocks"]
+__all__ = [
+    "BARE_FLOOR",
+    "TrustedBlock",
+    "bare_block",
+    "find_norms",
+    "layer_block",
+    "norm_block",
+    "past_slope",
+    "scale_blocks",
+]
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
 # What the factor of a norm and a bare parameter are taken to be if they start at zero: a tenth, and a hundredth.
@@ -29,6 +40,9 @@ _NORM_FLOOR, BARE_FLOOR = 1e-2, 1e-4
 # All units behind a norm feel each of its channels: moving by as much as units do, they stalled char_gpt at 2.6 nat
 # where a tenth reaches 2.3 in as many steps.
 _NORM_SHARE = 0.1
+# From one step to the next a unit's spread may grow to 16 times what it was; a single sample could make it grow at
+# will. Of resnet20 without norms it grew to 11 times, of mlp_deep to 6, of lenet and char_gpt to 3.
+_MOST_GROWTH = 256.0
 _Directions = MutableMapping[int, Tensor]
 
 
@@ -45,6 +59,7 @@ class TrustedBlock:
         num_samples: that r_j was measured on in this process, maybe none; None for what is known without measuring.
         is_remembered: whether there are slopes in ``change_sq``.
         factors: how many factors there are where outputs of the layer are multiplied, which share the radius.
+        change_mean: E[d_j . x] where units are turned; None where they are not.
     """
 
     owner: Tensor
@@ -55,6 +70,7 @@ class TrustedBlock:
     num_samples: int | None = None
     is_remembered: bool = False
     factors: int = 1
+    change_mean: Tensor | None = None
 
 
 def layer_block(
@@ -80,18 +96,30 @@ def layer_block(
     complete = {id(p): whole(directions[id(p)]) for p, _ in parts}
     if (spread := layer.output_spread_sq()) is not None:
         state["spread_sq"] = spread
-    num_samples: int | None
-    change_sq, num_samples = layer.measured_change(complete)
-    is_remembered = change_sq is None and not layer.is_called_elsewhere
-    if is_remembered:
-        change_sq, num_samples = state.get("slope_sq"), None
-    elif change_sq is None:
-        change_sq = torch.zeros_like(state["spread_sq"])  # and counts for nothing
+    change = layer.measured_change(complete)
+    if change is None and layer.is_called_elsewhere:  # what this process has counts for nothing
+        change = Moments(0, *(torch.zeros_like(state["spread_sq"]) for _ in range(2)))
+    change_sq: Tensor | None
+    is_remembered = False
+    if change is not None:
+        change_sq = torch.addcmul(change.variance, change.mean, change.mean)
+    elif (change_sq := state.get("slope_sq")) is not None:
+        is_remembered = True
+    else:
+        change_sq = state.get("change_sq")  # of the rule before this one: r_j^2
     if change_sq is None or "spread_sq" not in state:
         return None
-    factors = state.get("factors", 1)
     return TrustedBlock(
-        layer.weight, parts, change_sq, state["spread_sq"], input_sq, num_samples, is_remembered, factors
+        layer.weight,
+        parts,
+        change_sq,
+        state["spread_sq"],
+        input_sq,
+        num_samples=None if change is None else change.count,
+        is_remembered=is_remembered,
+        factors=state.get("factors", 1),
+        # Rows of an embedding stay as they are while their token is not seen.
+        change_mean=None if change is None or layer.is_embedding else change.mean,
     )
 
 
@@ -148,65 +176,158 @@ def scale_blocks(
     state_of: Callable[[Tensor], MutableMapping[str, Any]],
     bound: Callable[[Tensor], Tensor],
     *,
+    lr: float | Tensor,
     decay: float,
+    maximize: bool,
     mean_over_ranks: Callable[[Sequence[Tensor], Sequence[float]], list[Tensor]],
 ) -> None:
-    """Scale the directions of all blocks to the trust region, in place, and keep E[t_j^2].
+    """Scale the directions of all blocks to the trust region, turn them back, in place, and keep E[t_j^2].
 
     Args:
-        blocks: alike in everything that ``bound`` and ``decay`` depend on.
+        blocks: alike in everything that the other arguments depend on.
         directions: by the id of a parameter.
         state_of: the state of a parameter.
         bound: from c_j to the factor that a direction is multiplied by.
+        lr: by which the result will be multiplied.
         decay: of the running average of t_j^2.
+        maximize: whether it will be added.
         mean_over_ranks: of what every process has measured, and on how many samples.
     """
     alike: dict[tuple[torch.dtype, torch.device], list[TrustedBlock]] = defaultdict(list)
     for block in blocks:
         alike[block.change_sq.dtype, block.change_sq.device].append(block)
     for rows in alike.values():
-        measured = [row for row in rows if row.num_samples is not None]
-        means = mean_over_ranks([row.change_sq for row in measured], [row.num_samples or 0 for row in measured])
-        for row, mean in zip(measured, means, strict=True):
-            row.change_sq = mean
+        _average(rows, mean_over_ranks)
         # The vectors of all blocks are joined, so that the number of operations hardly grows with that of the layers.
         sizes = tuple(row.change_sq.numel() for row in rows)
-        slope_sq = torch.cat([row.change_sq for row in rows])
-        layers = Segments(sizes, slope_sq)
-        spread_sq = torch.cat([row.spread_sq for row in rows])
-        floors = spread_floor(layers.means(spread_sq), torch.stack([row.input_sq for row in rows]))
-        spread_sq = (spread_sq + layers.spread(floors)).clamp_(max=torch.finfo(spread_sq.dtype).max / 16)
-        slope_sq *= spread_sq
+        layers = Segments(sizes, rows[0].change_sq)
+        is_on_host = rows[0].change_sq.device.type == "cpu"
+        spread_sq, slope_sq = _spreads_and_slopes(rows, layers, may_overflow=not is_on_host)
+        if is_on_host and not math.isfinite(slope_sq.sum().item()):  # nobody has to wait for it there
+            spread_sq, slope_sq = _spreads_and_slopes(rows, layers, may_overflow=True)
+            for row, slopes in zip(rows, layers.split(slope_sq), strict=True):
+                if not row.is_remembered and _has_finite_gradients(row):
+                    _forget(row, slopes.isinf(), directions, state_of)
         if any(row.is_remembered for row in rows):
             parts = zip(rows, layers.split(slope_sq), strict=True)
             slope_sq = torch.cat([row.change_sq if row.is_remembered else part for row, part in parts])
-        past = [_past(state_of(row.owner), own) for row, own in zip(rows, layers.split(slope_sq), strict=True)]
+        split = zip(rows, layers.split(slope_sq), layers.split(spread_sq), strict=True)
+        past = [past_slope(state_of(row.owner), own, spread) for row, own, spread in split]
         expected = expected_slope(torch.cat(past), slope_sq, decay)
+        if (bounds := _spread_bounds(rows, state_of)) is not None:
+            spread_sq = torch.minimum(spread_sq, bounds)
         slope_sq = torch.maximum(slope_sq, expected)
         scale = unit_scale(spread_sq, slope_sq, layers.spread(layers.means(slope_sq).mul_(SLOPE_SHARE)))
         if any(row.factors > 1 for row in rows):
             scale /= layers.spread(constants(tuple(row.factors for row in rows), scale.dtype, scale.device))
         scale = bound(scale)
-        for row, own, factor in zip(rows, layers.split(expected), layers.split(scale), strict=True):
-            state_of(row.owner)["slope_sq"] = own
+        back = turned_back(spread_sq, _change_variance(rows), scale, lr)
+        found = (layers.split(numbers) for numbers in (expected, spread_sq, scale, back))
+        for row, own, spread, factor, turn in zip(rows, *found, strict=True):
+            state_of(row.owner).update(slope_sq=own, trusted_sq=spread)
             for parameter, axis in row.parts:
-                directions[id(parameter)] = _scaled(directions[id(parameter)], factor, axis)
+                direction = directions[id(parameter)]
+                scaled = local_part(direction).mul_(_along(factor, direction, axis))
+                if row.change_mean is not None:
+                    scaled.addcmul_(local_part(parameter), _along(turn, direction, axis), value=-1 if maximize else 1)
+                directions[id(parameter)] = with_local(scaled, direction)
 
 
-def _past(state: Mapping[str, Any], slope_sq: Tensor) -> Tensor:
+def _average(
+    rows: Sequence[TrustedBlock], mean_over_ranks: Callable[[Sequence[Tensor], Sequence[float]], list[Tensor]]
+) -> None:
+    """Put what all processes have measured in the place of what this one has."""
+    measured = [row for row in rows if row.num_samples is not None]
+    turned = [row for row in measured if row.change_mean is not None]
+    tensors = [row.change_sq for row in measured] + [row.change_mean for row in turned if row.change_mean is not None]
+    means = iter(mean_over_ranks(tensors, [row.num_samples or 0 for row in (*measured, *turned)]))
+    for row in measured:
+        row.change_sq = next(means)
+    for row in turned:
+        row.change_mean = next(means)
+
+
+def _change_variance(rows: Sequence[TrustedBlock]) -> Tensor:
+    """var[d_j . x] of all rows; of those that are not turned it means nothing."""
+    change_sq = torch.cat([row.change_sq for row in rows])
+    mean = torch.cat([row.change_sq if row.change_mean is None else row.change_mean for row in rows])
+    return change_sq.addcmul_(mean, mean, value=-1).clamp_(min=0.0)
+
+
+def _spreads_and_slopes(rows: Sequence[TrustedBlock], layers: Segments, *, may_overflow: bool) -> tuple[Tensor, Tensor]:
+    """sigma_j^2 with its floor, and t_j^2, of all rows; where numbers overflow that is finite, and this not NaN."""
+    change_sq = torch.cat([row.change_sq for row in rows])
+    spread_sq, input_sq = torch.cat([row.spread_sq for row in rows]), torch.stack([row.input_sq for row in rows])
+    if not may_overflow:
+        spread_sq = spread_sq + layers.spread(spread_floor(layers.means(spread_sq), input_sq))
+        return spread_sq, change_sq.mul_(spread_sq)
+    # Of outputs that overflow the variance says nothing: if they have a slope their whole layer's is infinite, so that
+    # this batch is passed over; if not, their unit has no spread but its layer's floor.
+    is_unknown = ~spread_sq.isfinite()
+    floors = spread_floor(layers.means(spread_sq.masked_fill_(is_unknown, 0.0)), input_sq)
+    spread_sq = spread_sq + layers.spread(floors.nan_to_num_(nan=0.0, posinf=0.0))
+    spread_sq.clamp_(max=torch.finfo(spread_sq.dtype).max / 16)
+    slope_sq = change_sq * spread_sq.masked_fill(is_unknown, torch.inf)
+    slope_sq.masked_fill_(change_sq == 0, 0.0).nan_to_num_(nan=torch.inf, posinf=torch.inf)
+    means = layers.spread(layers.means(slope_sq))
+    return spread_sq, torch.where(means.isinf(), means, slope_sq)
+
+
+def _spread_bounds(rows: Sequence[TrustedBlock], state_of: Callable[[Tensor], Mapping[str, Any]]) -> Tensor | None:
+    """How large sigma_j^2 may be, after what it was in the step before; None in a first step."""
+    past = [state_of(row.owner).get("trusted_sq") for row in rows]
+    if all(own is None for own in past):
+        return None
+    known = [
+        torch.full_like(row.change_sq, torch.inf) if own is None or own.shape != row.change_sq.shape else own
+        for row, own in zip(rows, past, strict=True)
+    ]
+    bounds = torch.cat([own.to(row.change_sq.dtype) for row, own in zip(rows, known, strict=True)]).mul_(_MOST_GROWTH)
+    return bounds.masked_fill_(bounds == 0, torch.inf)  # what had none, as of inputs that were all 0, may have any
+
+
+def past_slope(state: MutableMapping[str, Any], slope_sq: Tensor, spread_sq: Tensor) -> Tensor:
+    """E[t_j^2] so far; a checkpoint of the rule before this one has E[r_j^2] in its place.
+
+    Args:
+        state: of the block's owner; what is of the other rule is taken out.
+        slope_sq: t_j^2 now, for a block without a past.
+        spread_sq: sigma_j^2 now.
+
+    Returns:
+        Shape and dtype of ``slope_sq``.
+    """
     past: Tensor | None = state.get("slope_sq")
+    if (change_sq := state.pop("change_sq", None)) is not None and change_sq.shape == spread_sq.shape:
+        past = change_sq * spread_sq
     if past is None or past.shape != slope_sq.shape:  # of another rule, or of a layer that was not heard then
         return slope_sq
     return past.to(slope_sq.dtype)
 
 
-def _scaled(direction: Tensor, factor: Tensor, axis: int | None) -> Tensor:
+def _has_finite_gradients(row: TrustedBlock) -> bool:
+    """Else whoever has not asked for an error gets what torch.optim gives."""
+    grads = [local_part(p.grad) for p, _ in row.parts if p.grad is not None]
+    return all(bool(grad.isfinite().all()) for grad in grads)
+
+
+def _forget(
+    row: TrustedBlock, units: Tensor, directions: _Directions, state_of: Callable[[Tensor], Mapping[str, Any]]
+) -> None:
+    """Put directions of units to 0, which may be infinite or NaN, and with them what is kept as momentum."""
+    for parameter, axis in row.parts:
+        direction = directions[id(parameter)]
+        for tensor in (direction, state_of(parameter).get("momentum_buffer")):
+            if tensor is not None:
+                local_part(tensor).masked_fill_(_along(units, direction, axis), 0.0)
+
+
+def _along(units: Tensor, direction: Tensor, axis: int | None) -> Tensor:
+    """A number for each unit, to broadcast against what this process has of a direction."""
     if axis is None:
-        return direction.mul_(factor.view(()))
-    if axis == 0 and factor.numel() == direction.numel():
-        factor = factor.view(direction.shape)
+        return units.view(())
+    if axis == 0 and units.numel() == direction.numel():
+        units = units.view(direction.shape)
     else:
-        factor = factor.view([-1 if k == axis else 1 for k in range(direction.dim())])
-    if is_sharded(direction):
-        return with_local(local_part(direction).mul_(part_along(factor, direction)), direction)
-    return direction.mul_(factor)
+        units = units.view([-1 if k == axis else 1 for k in range(direction.dim())])
+    return part_along(units, direction) if is_sharded(direction) else units

@@ -49,11 +49,16 @@ class WhiteningSGD(LayerwiseOptimizer):
         or, where lr is given,          c_j = min(1, kappa sigma_j^2 / ...) with kappa = rho / (lr at the start)
 
     with beta_j = 1, as the bound does what Eq. (12) is for: from lr = 0.1 on it hardly matters which lr it is.
-    L shares the radius among moves that add up, as autograd's graph shows them: the number of layers in a row, 1.5
-    times the root of the number of layers where there are skip connections, 4 at least; times the number of factors
+    L shares the radius among moves that add up, as autograd's graph shows them: twice the number of layers in a row, or
+    1.5 times the root of the number of layers where there are skip connections, 4 at least; times the number of factors
     where outputs of layers are multiplied (3 for queries, keys and values), see
-    :class:`~torchgeom_optim.optimizers.chain_length.ChainLength`. Any scheduler of lr moves the bound with it, a
-    warm-up too; let lr decay to 0 over the run. Momentum and Nesterov's lie inside the bound, weight decay outside.
+    :class:`~torchgeom_optim.optimizers.chain_length.ChainLength`. From one step to the next sigma_j is taken for 16
+    times as large at most, lest a single sample set the step. Units turn more than they grow: half of the spread that
+    steps of noise add is taken back with the step, as a decay of the unit's weights by theta_j^2 / 4 for a move by
+    theta_j sigma_j (:func:`~torchgeom_optim.geometry.unit_trust.turned_back`; not of embeddings). Any scheduler of lr
+    moves the bound with it, a warm-up too; let lr decay to 0 over the run. Momentum m and Nesterov's lie inside the
+    bound and make it sqrt((1 - m) / (1 + m)) times as large, so that steps of noise lead as far as without; none is
+    needed. Weight decay lies outside.
     Channels of normalisations (a tenth of rho) and other parameters (as a whole) move by a share of their own size.
 
     Source: Lafond, Vasilache and Bottou 2017, "Diagonal rescaling for neural networks", Eqs. (3), (5), (11), (12),
@@ -66,7 +71,7 @@ class WhiteningSGD(LayerwiseOptimizer):
 
     Four ways in: ``WhiteningSGD(model)``, without a learning rate; ``WhiteningSGD(model, lr)``;
     ``WhiteningSGD(groups, lr, model=model)`` with whatever parameter groups a training script has;
-    ``WhiteningSGD(params, lr)`` without a model, which is ``torch.optim.SGD`` exactly.
+    ``WhiteningSGD(params, lr)`` without a model, which is ``torch.optim.SGD`` exactly and warns unless ``rule="sgd"``.
 
     Rules (``rule``, also a key of a parameter group; the group of a layer's weight decides for the layer):
 
@@ -88,8 +93,9 @@ class WhiteningSGD(LayerwiseOptimizer):
     The bias of a layer belongs into a group with the learning rate of its weight: db moves the inputs' mean out of dW.
 
     Memory: two vectors of the length of a layer's input per layer (``"whitening_second_order"``: and one of its
-    output, ``"trust_region"``: two), in float32 or better, in ``state`` beside the weight; until the step, copies of 16
-    of a layer's inputs, or of 2 images, and until the backward pass one of its outputs (of an image's, some positions).
+    output, ``"trust_region"``: three), in float32 or better, in ``state`` beside the weight; until the step, copies of
+    16 of a layer's inputs, or of 2 images, and until the backward pass one of its outputs (of an image's, some
+    positions).
 
     A call of a layer counts if a backward pass reaches its output, whatever ``training`` says. With a
     ``GradScaler`` a skipped step leaves the statistics as they were; ``"whitening_second_order"`` has to be told its
@@ -106,16 +112,17 @@ class WhiteningSGD(LayerwiseOptimizer):
         params: a model, or parameters or groups of them as for any optimizer (named ones too).
         lr: learning rate, a number or a tensor of one element, in [0, inf); None for the trust region alone (0.1 for
             groups with another rule, or without a model).
-        momentum: in [0, inf).
+        momentum: in [0, inf), below 1 for the trust region, which trains as well without.
         dampening: finite.
-        weight_decay: in [0, inf), per unit of lr, added after whitening.
+        weight_decay: in [0, inf), per unit of lr (which begins with ``trust_radius``, 1, if it is None), added after
+            whitening. Of AdamW's or SGD's take lr * weight_decay.
         nesterov: as in SGD; needs momentum and zero dampening.
         model: the module that the parameters belong to; without it, everything takes a plain SGD step.
         rule: see above.
         trust_radius: rho, in [0, inf), for the rule of that name: by how much the network as a whole may move in one
             step, in units of its own spread. Where no lr is given, lr begins with it and counts from then on.
-        chain_length: L, factors aside; None to find both in the first step. Give it where reentrant checkpointing
-            hides layers.
+        chain_length: L, factors aside; None to find both in the first step, and after one with more layers than any
+            before it. Give it where reentrant checkpointing hides layers.
         decay: weight of the past in the running statistics, in [0, 1); the paper's lambda of §2.3.
         damping: floor of the variances (and of E[g^2]) as a share of their mean over the layer, in [0, inf); None takes
             0.001 inside the bound and 0.01 without, where less would let the next half-decade of lr diverge sooner.
@@ -145,7 +152,9 @@ class WhiteningSGD(LayerwiseOptimizer):
 
     _input_statistics = ("input_mean", "input_variance")
     _output_statistics = ("output_grad_sq", "spread_sq", "output_mean")
-    _statistics = (*_input_statistics, *_output_statistics, "sharing", "slope_sq")
+    _statistics = (*_input_statistics, *_output_statistics, "sharing", "slope_sq", "change_sq", "trusted_sq")
+    _num_bounded = 0  # the most layers of a step so far
+    _found: tuple[dict[str, Any], ...] = ()  # groups whose chain's length was found, not given
 
     def __init__(
         self,
@@ -198,6 +207,8 @@ class WhiteningSGD(LayerwiseOptimizer):
         if group["lr"] is not None:
             check_range(group, "lr", where, hint="0.1 is a common start, 0.03 with momentum 0.9.")
         check_sgd_settings(group, where)
+        if group["rule"] == "trust_region" and self._model is not None:  # whose bound it makes smaller
+            check_range(group, "momentum", where, high=1.0, hint="0 is the default; none is needed.")
         check_range(group, "decay", where, high=1.0, hint="0.95 averages over about 20 steps.")
         if group["damping"] is not None:
             check_range(group, "damping", where, hint="None is the default; 0.01 is a common start.")
@@ -244,7 +255,7 @@ class WhiteningSGD(LayerwiseOptimizer):
         on_output_grad = super()._on_call(module, x, y)
         in_backward = torch._C._current_graph_task_id() != -1  # of a checkpointed segment, run for the second time
         if on_output_grad is not None and not in_backward:
-            if any(group["chain_length"] is None for group in self._bounded_groups()):
+            if any(group["chain_length"] is None and group["params"] for group in self._bounded_groups()):
                 self._bound.chain.see(self._layer_of[module].weight, x, y)
         return on_output_grad
 
@@ -274,7 +285,14 @@ class WhiteningSGD(LayerwiseOptimizer):
                     directions[id(free)] = layer.scale_bias(free.grad, output_scale)
         if groups := self._bounded_groups():
             bounded = [layer for layer in layers if self._probes(layer)]
+            unknown = [group for group in groups if group["chain_length"] is None]
             self._bound.scale(groups, bounded, directions, input_sq, self.state, self._group_of_parameter, self._ranks)
+            if len(bounded) > self._num_bounded:  # more than lengths were found for, as after unfreezing: look anew
+                self._num_bounded = len(bounded)
+                for group in self._found:
+                    group["chain_length"] = None
+            known = set(map(id, self._found))
+            self._found += tuple(g for g in unknown if g["chain_length"] is not None and id(g) not in known)
         if len(layers) == len(self._layers):  # else a layer that sat this step out still has its own
             self._has_foreign_momentum = False
         return directions
@@ -374,10 +392,21 @@ class WhiteningSGD(LayerwiseOptimizer):
             if (buffer := self.state[free].pop("gradient_momentum", None)) is not None:
                 self.state[free]["momentum_buffer"] = layer.scale_bias(buffer, output_scale)
 
+    def _adapted(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Chains of checkpoints of the rule before this one were shorter, and of factors it knew none: look anew."""
+        by_changes = {index for index, values in state_dict["state"].items() if "change_sq" in values}
+        groups = [
+            {key: value for key, value in group.items() if key != "chain_length"}
+            if by_changes.intersection(group["params"])
+            else group
+            for group in state_dict["param_groups"]
+        ]
+        return {**state_dict, "param_groups": groups}
+
     def __getstate__(self) -> dict[str, Any]:
         """Everything that a copy or a pickle needs."""
-        own = {name: getattr(self, name) for name in ("_loss_reduction", "_loss_scale", "_chain")}
-        return {**super().__getstate__(), **own}
+        names = ("_loss_reduction", "_loss_scale", "_chain", "_num_bounded", "_found")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
 
     def fold_batch_norm(self, lr: float | Tensor | None = None, rule: Rule = "trust_region") -> list[FoldedBatchNorm]:
         """Switch from batch normalization and SGD to whitening (App. E): fold, then whiten from here on.
