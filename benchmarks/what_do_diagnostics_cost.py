@@ -255,6 +255,7 @@ def draw(folder: Path) -> None:
     passes = {row["parameters"]: row["pass s"] for row in perceptrons}
     panels[0].plot(list(passes), list(passes.values()), "k--", label="one forward and backward pass")
     panels[0].legend(fontsize=7)
+    panels[1].set_ylim(bottom=0)
     panels[1].set_title("stars: transformer of GPT-2's size", fontsize=9)
     figure.savefig(folder / f"{SWEEP}.png", dpi=110)
     plt.close(figure)
