@@ -53,6 +53,14 @@ class Record:
     spectrum: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     vector_layers: tuple[str, ...] = ()
 
+    def __str__(self) -> str:
+        lines = [f"step {self.step}: loss {self.loss:.4g}, {self.batch_size} samples, measured in {self.time_s:.3g} s"]
+        for metric, value in self.values.items():
+            by_layer = self.layers.get(metric, {}).values()
+            layers = f"  (layers {min(by_layer):.3g} to {max(by_layer):.3g})" if by_layer else ""
+            lines.append(f"{metric:<32}{value:>10.4g}{layers}")
+        return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
+
     def flat(self) -> dict[str, float]:
         """What a logger is given: the loss, the learning rate, ``metric``, and ``metric/layer``; no spectrum."""
         flat = {"loss": self.loss, **self.values}

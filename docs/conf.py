@@ -16,8 +16,8 @@ extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
-    "sphinx.ext.mathjax",
     "docstrings",
+    "drawn_math",
     "measured",
 ]
 myst_enable_extensions = ["dollarmath", "amsmath"]
@@ -32,5 +32,6 @@ suppress_warnings = ["myst.xref_missing"]  # links within benchmarks/README.md l
 html_theme = "furo"
 html_title = "torchgeom-optim"
 html_static_path = ["_static"]
-html_css_files = ["tables.css"]
+html_css_files = ["tables.css", "formulas.css"]
+html_math_renderer = "drawn"
 exclude_patterns = ["_build"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import warnings
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(path for path in (ROOT / "docs").glob("*.md"))
+FORMULA = re.compile(r"\$\$(.*?)\$\$|\$([^$]+)\$", flags=re.DOTALL)
 PYTHON = re.compile(r"^```python\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
 SYSTEMS = ("whitening", "natural_gradient", "diagnostics", "spectra", "geodesics", "gradnet")
 
@@ -43,3 +45,21 @@ def test_measured_figures_are_of_questions_that_exist():
     named = {name for page in PAGES for name in re.findall(r"^```\{measured\} (\w+)$", page.read_text(), re.MULTILINE)}
     assert len(named) > 8
     assert named <= questions().keys()
+
+
+def test_formulas_are_drawn_in_the_colour_of_the_text():
+    drawing = pytest.importorskip("matplotlib") and runpy.run_path(str(ROOT / "docs" / "_extensions" / "drawn_math.py"))
+    formulas = {
+        part
+        for page in PAGES
+        for long, short in FORMULA.findall(re.sub(r"```.*?```|`.*?`", "", page.read_text("utf-8"), flags=re.DOTALL))
+        for part in (long or short).split(r"\qquad")
+        if part.strip()
+    }
+    assert len(formulas) > 40
+    for formula in formulas:
+        svg = drawing["drawn"](formula)
+        assert re.search(r'<path d="M[-\d. ]+', svg), formula
+        assert "fill" not in svg
+    with pytest.raises(ValueError, match="Unknown symbol"):
+        drawing["drawn"](r"\nosuchcommand")

@@ -183,3 +183,20 @@ def test_pandas():
     assert frame["weight_norm/0"][0] == 3.0
     assert math.isnan(frame["gradient_norm"][1])
     assert len(History().to_pandas()) == 0
+
+
+def test_a_record_prints_as_a_table():
+    record = Record(
+        step=3,
+        time_s=0.1,
+        loss=2.5,
+        batch_size=8,
+        values={"weight_norm": 4.0, "fisher_trace": 12.5},
+        layers={"weight_norm": {"0": 3.0, "2": 2.0}},
+        notes=("batch norm couples the samples",),
+    )
+    first, norm, trace, note = str(record).splitlines()
+    assert first == "step 3: loss 2.5, 8 samples, measured in 0.1 s"
+    assert norm.split(maxsplit=2) == ["weight_norm", "4", "(layers 2 to 3)"]
+    assert trace.split() == ["fisher_trace", "12.5"]
+    assert note == "Note: batch norm couples the samples"

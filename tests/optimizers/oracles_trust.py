@@ -46,7 +46,8 @@ class TrustedReference:
         self.lr = rho if lr is None else lr
         self.share = 1.0 if fault == "no_chain" else 1 / max(length, 4)
         self.hyper = {"momentum": 0.0, "dampening": 0.0, "nesterov": False, "weight_decay": 0.0, **hyper}
-        self.share *= 1.0 if fault == "long_momentum" else 1 - self.hyper["momentum"]
+        m = self.hyper["momentum"]
+        self.share *= 1.0 if fault == "long_momentum" else math.sqrt((1 - m) / (1 + m))
         self.kappa = None if lr is None else rho * self.share / lr
         self.averages: dict[Tensor, tuple[Tensor, Tensor]] = {}
         self.expected: dict[Tensor, Tensor] = {}

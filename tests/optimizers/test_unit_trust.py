@@ -678,3 +678,32 @@ def test_a_layer_that_sits_out_the_first_step_goes_by_such_a_checkpoint():
     resumed.step()
     state = resumed.state[model.last.weight]
     torch.testing.assert_close(state["slope_sq"], 1e6 * state["spread_sq"], rtol=0.05, atol=0.0)
+
+
+@pytest.mark.parametrize("size", [1e3, 1e6])
+def test_a_single_sample_does_not_set_the_step(size):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 6, generator=g, dtype=torch.float64)
+    y = (x[:, 0] * x[:, 1] > 0).long() + (x[:, 2] > 1).long()
+    model = hidden_network()
+    optimizer, losses = WhiteningSGD(model), []
+    for step in range(60):
+        optimizer.param_groups[0]["lr"] = 1 - step / 60
+        optimizer.zero_grad()
+        seen = torch.where(torch.arange(64)[:, None] == 5, size * x, x) if step == 30 else x
+        nn.functional.cross_entropy(model(seen), y).backward()
+        optimizer.step()
+        losses.append(float(nn.functional.cross_entropy(model(x), y).detach()))
+    assert losses[30] < 10 * losses[0]
+    assert losses[-1] < losses[0]
+
+
+def test_a_layer_whose_first_inputs_were_zero_is_not_held_back_for_long():
+    """Its outputs' spread was rounding, 1e-16: eight steps of at most 16 times."""
+    model = nn.Linear(4, 3)
+    optimizer = WhiteningSGD(model)
+    x = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
+    before = model.weight.detach().clone()
+    for batch in (torch.zeros(16, 4), *[x] * 10):
+        plain_step(model, optimizer, batch)
+    assert float((model.weight - before).detach().abs().max()) > 1e-2

@@ -100,7 +100,8 @@ def moments_of(observations: Tensor) -> Moments:
 def _moments(x: Tensor, axes: tuple[int, ...]) -> Moments:
     """Of channels in axis 1; ``axes`` are the others."""
     count = x.numel() // max(x.shape[1], 1)
-    if x.device.type in ("cpu", "cuda") and count > 0:  # one operation in place of the five below, equal in effect
+    # One operation in place of the five below, equal in effect; where there are positions CPUs take four times as long.
+    if count > 0 and (x.device.type == "cuda" or (x.device.type == "cpu" and x.dim() == 2)):
         return Moments(count, *torch.batch_norm_update_stats(x.contiguous(), None, None, 0.0))
     mean = x.mean(axes)
     return Moments(count, mean, (x - (mean if x.dim() == 2 else mean[:, None])).square_().mean(axes))

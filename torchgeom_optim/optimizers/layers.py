@@ -294,9 +294,9 @@ class AffineLayer:
             bias = module._parameters.get("bias")
             bias_step = None if bias is None else directions.get(id(bias))
             if weight is not None:
-                change = at_least_float32(self._applied(module, x, weight, bias_step))
-                variance, mean = torch.var_mean(change, [0, *range(2, change.dim())], correction=0)
-                parts.append(Moments(len(x), mean, variance))
+                change = self._applied(module, x, weight, bias_step)
+                moments = moments_of(change.flatten(2) if change.dim() > 2 else change)
+                parts.append(moments._replace(count=len(x)))
             elif bias_step is not None:
                 change = at_least_float32(bias_step)
                 parts.append(Moments(len(x), change, torch.zeros_like(change)))

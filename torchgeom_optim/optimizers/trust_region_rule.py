@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -167,8 +168,9 @@ def _bounded_alone(parameter: Tensor, group: Mapping[str, Any], state: dict[str,
 
 def _bounded(group: Mapping[str, Any], scale: Tensor) -> Tensor:
     """From c_j to the factor of a direction: min(1, kappa c_j) with kappa = rho / lr_0, or c_j where lr is rho."""
-    # A gradient is stepped along for 1 / (1 - momentum) steps, each as long as the bound: in all it moves as without.
-    radius = max(1.0 - group["momentum"], 0.0) / max(group["chain_length"] or 1, _SHORT_CHAIN)
+    # Steps of equal length that are correlated like m^k add up to a walk sqrt((1 + m) / (1 - m)) times as long.
+    m = min(float(group["momentum"]), 1.0)
+    radius = math.sqrt((1.0 - m) / (1.0 + m)) / max(group["chain_length"] or 1, _SHORT_CHAIN)
     if group["reference_lr"] is None:
         return scale.mul_(radius)
     bounded: Tensor = (scale * (radius * group["trust_radius"] / group["reference_lr"])).clamp_(max=1.0)

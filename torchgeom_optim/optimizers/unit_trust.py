@@ -40,6 +40,9 @@ _NORM_FLOOR, BARE_FLOOR = 1e-2, 1e-4
 # All units behind a norm feel each of its channels: moving by as much as units do, they stalled char_gpt at 2.6 nat
 # where a tenth reaches 2.3 in as many steps.
 _NORM_SHARE = 0.1
+# From one step to the next a unit's spread may grow to 16 times what it was; a single sample could make it grow at
+# will. Of resnet20 without norms it grew to 11 times, of mlp_deep to 6, of lenet and char_gpt to 3.
+_MOST_GROWTH = 256.0
 _Directions = MutableMapping[int, Tensor]
 
 
@@ -203,7 +206,7 @@ def scale_blocks(
         if is_on_host and not math.isfinite(slope_sq.sum().item()):  # nobody has to wait for it there
             spread_sq, slope_sq = _spreads_and_slopes(rows, layers, may_overflow=True)
             for row, slopes in zip(rows, layers.split(slope_sq), strict=True):
-                if not row.is_remembered:
+                if not row.is_remembered and _has_finite_gradients(row):
                     _forget(row, slopes.isinf(), directions, state_of)
         if any(row.is_remembered for row in rows):
             parts = zip(rows, layers.split(slope_sq), strict=True)
@@ -211,15 +214,17 @@ def scale_blocks(
         split = zip(rows, layers.split(slope_sq), layers.split(spread_sq), strict=True)
         past = [past_slope(state_of(row.owner), own, spread) for row, own, spread in split]
         expected = expected_slope(torch.cat(past), slope_sq, decay)
+        if (bounds := _spread_bounds(rows, state_of)) is not None:
+            spread_sq = torch.minimum(spread_sq, bounds)
         slope_sq = torch.maximum(slope_sq, expected)
         scale = unit_scale(spread_sq, slope_sq, layers.spread(layers.means(slope_sq).mul_(SLOPE_SHARE)))
         if any(row.factors > 1 for row in rows):
             scale /= layers.spread(constants(tuple(row.factors for row in rows), scale.dtype, scale.device))
         scale = bound(scale)
         back = turned_back(spread_sq, _change_variance(rows), scale, lr)
-        units = zip(rows, layers.split(expected), layers.split(scale), layers.split(back), strict=True)
-        for row, own, factor, turn in units:
-            state_of(row.owner)["slope_sq"] = own
+        found = (layers.split(numbers) for numbers in (expected, spread_sq, scale, back))
+        for row, own, spread, factor, turn in zip(rows, *found, strict=True):
+            state_of(row.owner).update(slope_sq=own, trusted_sq=spread)
             for parameter, axis in row.parts:
                 direction = directions[id(parameter)]
                 scaled = local_part(direction).mul_(_along(factor, direction, axis))
@@ -253,14 +258,32 @@ def _spreads_and_slopes(rows: Sequence[TrustedBlock], layers: Segments, *, may_o
     """sigma_j^2 with its floor, and t_j^2, of all rows; where numbers overflow that is finite, and this not NaN."""
     change_sq = torch.cat([row.change_sq for row in rows])
     spread_sq, input_sq = torch.cat([row.spread_sq for row in rows]), torch.stack([row.input_sq for row in rows])
-    if may_overflow:  # of outputs that do the variance says nothing: their unit moves by what its layer's floor lets it
-        spread_sq.nan_to_num_(nan=0.0, posinf=0.0)
-        input_sq.nan_to_num_(nan=0.0, posinf=0.0)
-    spread_sq = spread_sq + layers.spread(spread_floor(layers.means(spread_sq), input_sq))
-    if may_overflow:
-        spread_sq.clamp_(max=torch.finfo(spread_sq.dtype).max / 16)
-    slope_sq = change_sq.mul_(spread_sq)
-    return spread_sq, slope_sq.nan_to_num_(nan=torch.inf, posinf=torch.inf) if may_overflow else slope_sq
+    if not may_overflow:
+        spread_sq = spread_sq + layers.spread(spread_floor(layers.means(spread_sq), input_sq))
+        return spread_sq, change_sq.mul_(spread_sq)
+    # Of outputs that overflow the variance says nothing: if they have a slope their whole layer's is infinite, so that
+    # this batch is passed over; if not, their unit has no spread but its layer's floor.
+    is_unknown = ~spread_sq.isfinite()
+    floors = spread_floor(layers.means(spread_sq.masked_fill_(is_unknown, 0.0)), input_sq)
+    spread_sq = spread_sq + layers.spread(floors.nan_to_num_(nan=0.0, posinf=0.0))
+    spread_sq.clamp_(max=torch.finfo(spread_sq.dtype).max / 16)
+    slope_sq = change_sq * spread_sq.masked_fill(is_unknown, torch.inf)
+    slope_sq.masked_fill_(change_sq == 0, 0.0).nan_to_num_(nan=torch.inf, posinf=torch.inf)
+    means = layers.spread(layers.means(slope_sq))
+    return spread_sq, torch.where(means.isinf(), means, slope_sq)
+
+
+def _spread_bounds(rows: Sequence[TrustedBlock], state_of: Callable[[Tensor], Mapping[str, Any]]) -> Tensor | None:
+    """How large sigma_j^2 may be, after what it was in the step before; None in a first step."""
+    past = [state_of(row.owner).get("trusted_sq") for row in rows]
+    if all(own is None for own in past):
+        return None
+    known = [
+        torch.full_like(row.change_sq, torch.inf) if own is None or own.shape != row.change_sq.shape else own
+        for row, own in zip(rows, past, strict=True)
+    ]
+    bounds = torch.cat([own.to(row.change_sq.dtype) for row, own in zip(rows, known, strict=True)]).mul_(_MOST_GROWTH)
+    return bounds.masked_fill_(bounds == 0, torch.inf)  # what had none, as of inputs that were all 0, may have any
 
 
 def past_slope(state: MutableMapping[str, Any], slope_sq: Tensor, spread_sq: Tensor) -> Tensor:
@@ -280,6 +303,12 @@ def past_slope(state: MutableMapping[str, Any], slope_sq: Tensor, spread_sq: Ten
     if past is None or past.shape != slope_sq.shape:  # of another rule, or of a layer that was not heard then
         return slope_sq
     return past.to(slope_sq.dtype)
+
+
+def _has_finite_gradients(row: TrustedBlock) -> bool:
+    """Else whoever has not asked for an error gets what torch.optim gives."""
+    grads = [local_part(p.grad) for p, _ in row.parts if p.grad is not None]
+    return all(bool(grad.isfinite().all()) for grad in grads)
 
 
 def _forget(

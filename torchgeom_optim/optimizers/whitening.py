@@ -52,12 +52,13 @@ class WhiteningSGD(LayerwiseOptimizer):
     L shares the radius among moves that add up, as autograd's graph shows them: twice the number of layers in a row, or
     1.5 times the root of the number of layers where there are skip connections, 4 at least; times the number of factors
     where outputs of layers are multiplied (3 for queries, keys and values), see
-    :class:`~torchgeom_optim.optimizers.chain_length.ChainLength`. Units turn more than they grow: half of the spread
-    that steps of noise add is taken back with the step, as a decay of the unit's weights by theta_j^2 / 4 for a move by
+    :class:`~torchgeom_optim.optimizers.chain_length.ChainLength`. From one step to the next sigma_j is taken for 16
+    times as large at most, lest a single sample set the step. Units turn more than they grow: half of the spread that
+    steps of noise add is taken back with the step, as a decay of the unit's weights by theta_j^2 / 4 for a move by
     theta_j sigma_j (:func:`~torchgeom_optim.geometry.unit_trust.turned_back`; not of embeddings). Any scheduler of lr
-    moves the bound with it, a warm-up too; let lr decay to 0 over the run. Momentum and Nesterov's lie inside the
-    bound and make it 1 - momentum
-    times as large, so that a gradient moves as much in all as without; none is needed. Weight decay lies outside.
+    moves the bound with it, a warm-up too; let lr decay to 0 over the run. Momentum m and Nesterov's lie inside the
+    bound and make it sqrt((1 - m) / (1 + m)) times as large, so that steps of noise lead as far as without; none is
+    needed. Weight decay lies outside.
     Channels of normalisations (a tenth of rho) and other parameters (as a whole) move by a share of their own size.
 
     Source: Lafond, Vasilache and Bottou 2017, "Diagonal rescaling for neural networks", Eqs. (3), (5), (11), (12),
@@ -92,8 +93,9 @@ class WhiteningSGD(LayerwiseOptimizer):
     The bias of a layer belongs into a group with the learning rate of its weight: db moves the inputs' mean out of dW.
 
     Memory: two vectors of the length of a layer's input per layer (``"whitening_second_order"``: and one of its
-    output, ``"trust_region"``: two), in float32 or better, in ``state`` beside the weight; until the step, copies of 16
-    of a layer's inputs, or of 2 images, and until the backward pass one of its outputs (of an image's, some positions).
+    output, ``"trust_region"``: three), in float32 or better, in ``state`` beside the weight; until the step, copies of
+    16 of a layer's inputs, or of 2 images, and until the backward pass one of its outputs (of an image's, some
+    positions).
 
     A call of a layer counts if a backward pass reaches its output, whatever ``training`` says. With a
     ``GradScaler`` a skipped step leaves the statistics as they were; ``"whitening_second_order"`` has to be told its
@@ -131,8 +133,7 @@ class WhiteningSGD(LayerwiseOptimizer):
         process_group: the processes that train the model together; None takes those of DistributedDataParallel or
             ``fully_shard`` if the model is in one, else the default group.
         error_if_nonfinite: whether a step refuses gradients that are NaN or infinite, which waits for the device; None
-            does so on the CPU. Else they end in weights and statistics, as in torch.optim (on the CPU the bound keeps
-            them out of both); a GradScaler skips them.
+            does so on the CPU. Else they end in weights and statistics, as in torch.optim; a GradScaler skips them.
 
     Raises:
         ValueError: a hyper-parameter out of its range, or parameters that the model does not own.
@@ -151,7 +152,7 @@ class WhiteningSGD(LayerwiseOptimizer):
 
     _input_statistics = ("input_mean", "input_variance")
     _output_statistics = ("output_grad_sq", "spread_sq", "output_mean")
-    _statistics = (*_input_statistics, *_output_statistics, "sharing", "slope_sq", "change_sq")
+    _statistics = (*_input_statistics, *_output_statistics, "sharing", "slope_sq", "change_sq", "trusted_sq")
     _num_bounded = 0  # the most layers of a step so far
     _found: tuple[dict[str, Any], ...] = ()  # groups whose chain's length was found, not given
 
@@ -206,7 +207,7 @@ class WhiteningSGD(LayerwiseOptimizer):
         if group["lr"] is not None:
             check_range(group, "lr", where, hint="0.1 is a common start, 0.03 with momentum 0.9.")
         check_sgd_settings(group, where)
-        if group["rule"] == "trust_region" and self._model is not None:  # whose bound is 1 - momentum times as large
+        if group["rule"] == "trust_region" and self._model is not None:  # whose bound it makes smaller
             check_range(group, "momentum", where, high=1.0, hint="0 is the default; none is needed.")
         check_range(group, "decay", where, high=1.0, hint="0.95 averages over about 20 steps.")
         if group["damping"] is not None:
