@@ -4,9 +4,9 @@ The question of Cowlagi & Chaudhari's Fig. 3. A network is trained, then written
 without labels, and its test accuracy taken:
 
 - "one shot", nothing is trained: the paper's rule (eigenvectors of the Fisher matrix by eigenvalue), the same by
-  lam c^2, our default (layers' Kronecker-factored eigenbases by lam c^2), the same with the kept coefficients making up
-  for the dropped ones by least squares, the same by eigenvalue, other bases, and magnitude pruning (with least squares
-  too);
+  lam c^2, our default (layers' Kronecker-factored eigenbases by lam c^2, the kept coefficients making up for the
+  dropped ones by least squares), the same without that, the same by eigenvalue, other bases, and magnitude pruning
+  (with least squares too);
 - "gradual", with distillation on unlabelled training images: our default, and ordinary gradual pruning by magnitude
   and by lam c^2, all for the same seconds of processor time.
 
@@ -70,18 +70,18 @@ SETTINGS = {
     # Without weight decay: with 1e-3 this network stays at chance.
     "allcnn9": Setting("cifar10", allcnn9, 64, 8, 10000, 30.0, 25, 500, weight_decay=0.0),
 }
-# Basis, importance, and least-squares steps of the kept coefficients.
+# Basis, importance, and least-squares steps of the kept coefficients; None for the default.
 ONE_SHOT = {
     "paper: exact, eigenvalue": ("exact", "eigenvalue", 0),
     "exact, loss": ("exact", "loss", 0),
-    "ours: kronecker, loss": ("kronecker", "loss", 0),
-    "ours, compensated": ("kronecker", "loss", 1),
+    "ours: kronecker, loss": ("kronecker", "loss", None),
+    "ours, not compensated": ("kronecker", "loss", 0),
     "kronecker, eigenvalue": ("kronecker", "eigenvalue", 0),
-    "pca, loss": ("pca", "loss", 0),
-    "dct, loss": ("dct", "loss", 0),
-    "pixels, loss": ("pixels", "loss", 0),
+    "pca, loss": ("pca", "loss", None),
+    "dct, loss": ("dct", "loss", None),
+    "pixels, loss": ("pixels", "loss", None),
     "magnitude pruning": ("pixels", "magnitude", 0),
-    "magnitude pruning, compensated": ("pixels", "magnitude", 1),
+    "magnitude pruning, compensated": ("pixels", "magnitude", 3),
 }
 GRADUAL = {
     "ours: kronecker, loss": ("kronecker", "loss"),
@@ -98,19 +98,30 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--times", type=float, default=1.0, help="so many times the seconds of the gradual runs")
     parser.add_argument("--resume", action="store_true", help="keep the runs that the result has")
+    parser.add_argument("--gradual", action="store_true", help="measure the gradual rows alone, of runs that there are")
     parser.add_argument("--draw", action="store_true", help="draw the picture from the result, and measure nothing")
     options = start(parser, argv)
     if options.draw:
         draw(options.output or RESULTS)
         return
-    runs: dict[str, Any] = _earlier(options) if options.resume else {}
+    runs: dict[str, Any] = _earlier(options) if options.resume or options.gradual else {}
     networks, seeds = (["mlp_thin"], [0]) if options.smoke else (options.networks, options.seeds)
     for name in networks:
         setting = replace(SETTINGS[name], gradual_seconds=options.times * SETTINGS[name].gradual_seconds)
         dataset = stand_in(setting.data) if options.smoke else load_dataset(setting.data, options.root)
         for seed in seeds:
-            if f"{name} seed {seed}" not in runs:
-                runs[f"{name} seed {seed}"] = _run(name, setting, dataset, seed, options.smoke)
+            earlier = runs.get(f"{name} seed {seed}")
+            if options.gradual and earlier is not None:
+                model, images = _trained(setting, dataset, seed, options.smoke)[:2]
+                rows = _gradual(model, images, setting, dataset, seed, options.smoke)
+                if rows[0]["accuracy_dense"] != earlier["accuracy_dense"]:
+                    raise RuntimeError(
+                        f"{name} seed {seed} trains to another network here: measure the whole run anew."
+                    )
+                earlier |= {"gradual": rows, "commit of gradual rows": options.environment["commit"]}
+            elif earlier is None:
+                run = _run(name, setting, dataset, seed, options.smoke)
+                runs[f"{name} seed {seed}"] = {**run, **{key: options.environment[key] for key in ("commit", "cpu")}}
             rows = _summary(runs)
             write_result(NAME, {"runs": runs, "summary": rows}, options, seeds=seeds, rows=rows)
 
@@ -122,14 +133,7 @@ def _earlier(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _run(name: str, setting: Setting, dataset: Dataset, seed: int, smoke: bool) -> dict[str, Any]:
-    torch.manual_seed(seed)
-    model = setting.build()
-    generator = torch.Generator().manual_seed(seed)
-    x, y = dataset.train_inputs[: setting.num_train], dataset.train_targets[: setting.num_train]
-    begin = time.process_time()
-    train(model, x, y, 1 if smoke else setting.epochs, setting.batch_size, generator, setting.weight_decay)
-    train_seconds = time.process_time() - begin
-    images = x[torch.randperm(len(x), generator=generator)]  # unlabelled from here on
+    model, images, train_seconds = _trained(setting, dataset, seed, smoke)
     test = (dataset.test_inputs, dataset.test_targets)
     size = sum(p.numel() for p in model.parameters())
     points = dataset.test_inputs[:POINTS]
@@ -158,7 +162,39 @@ def _run(name: str, setting: Setting, dataset: Dataset, seed: int, smoke: bool) 
                 if label in PICTURED:
                     embedded[f"{label}, {share:.0%}"] = _embedding(reduced, points, distances)
         del decomposition
-    gradual = []
+    for entry in embedded.values():
+        entry.pop("distances", None)
+    settings = {key: value for key, value in asdict(setting).items() if key != "build"}
+    return {
+        "network": name,
+        "seed": seed,
+        "data": dataset.title,
+        "settings": {**settings, "num_train": len(images), "num_test": len(test[0])},
+        "num_weights": size,
+        "accuracy_dense": one_shot[0]["accuracy_dense"],
+        "train_seconds": train_seconds,
+        "one_shot": one_shot,
+        "gradual": _gradual(model, images, setting, dataset, seed, smoke),
+        "inpca": embedded,
+        "inpca_labels": dataset.test_targets[:POINTS].tolist(),
+    }
+
+
+def _trained(setting: Setting, dataset: Dataset, seed: int, smoke: bool) -> tuple[nn.Module, Tensor, float]:
+    """The network, its training images in another order, from here on without labels, and seconds."""
+    torch.manual_seed(seed)
+    model = setting.build()
+    generator = torch.Generator().manual_seed(seed)
+    x, y = dataset.train_inputs[: setting.num_train], dataset.train_targets[: setting.num_train]
+    begin = time.process_time()
+    train(model, x, y, 1 if smoke else setting.epochs, setting.batch_size, generator, setting.weight_decay)
+    return model, x[torch.randperm(len(x), generator=generator)], time.process_time() - begin
+
+
+def _gradual(
+    model: nn.Module, images: Tensor, setting: Setting, dataset: Dataset, seed: int, smoke: bool
+) -> list[dict[str, Any]]:
+    rows = []
     for label, (basis, importance) in GRADUAL.items():
         for share in SHARES:
             begin = time.process_time()
@@ -172,27 +208,12 @@ def _run(name: str, setting: Setting, dataset: Dataset, seed: int, smoke: bool) 
                 basis=basis,
                 importance=importance,
                 num_samples=min(setting.calibration, len(images)),
-                test_data=test[0],
-                test_targets=test[1],
+                test_data=dataset.test_inputs,
+                test_targets=dataset.test_targets,
                 generator=torch.Generator().manual_seed(seed),
             )
-            gradual.append(_row(label, share, reduced, time.process_time() - begin))
-    for entry in embedded.values():
-        entry.pop("distances", None)
-    settings = {key: value for key, value in asdict(setting).items() if key != "build"}
-    return {
-        "network": name,
-        "seed": seed,
-        "data": dataset.title,
-        "settings": {**settings, "num_train": len(x), "num_test": len(test[0])},
-        "num_weights": size,
-        "accuracy_dense": one_shot[0]["accuracy_dense"],
-        "train_seconds": train_seconds,
-        "one_shot": one_shot,
-        "gradual": gradual,
-        "inpca": embedded,
-        "inpca_labels": dataset.test_targets[:POINTS].tolist(),
-    }
+            rows.append(_row(label, share, reduced, time.process_time() - begin))
+    return rows
 
 
 def train(
@@ -260,12 +281,18 @@ def _embedding(model: nn.Module, points: Tensor, full: Tensor | None) -> dict[st
 def _summary(runs: dict[str, Any]) -> list[dict[str, object]]:
     """Median over seeds of the accuracy, and of what it is below the dense network's."""
     rows: list[dict[str, object]] = []
-    for network in dict.fromkeys(run["network"] for run in runs.values()):
+    for network in dict.fromkeys([*SETTINGS, *(run["network"] for run in runs.values())]):
         own = [run for run in runs.values() if run["network"] == network]
+        # The rows of rules that are no more stay, under their own names.
         for kind in ("one_shot", "gradual"):
-            for label in dict.fromkeys(row["rule"] for row in own[0][kind]):
-                row: dict[str, object] = {"network": network, "kind": kind, "rule": label, "seeds": len(own)}
-                row["dense"] = float(np.median([run["accuracy_dense"] for run in own]))
+            for label in dict.fromkeys(row["rule"] for run in own for row in run[kind]):
+                having = [run for run in own if any(r["rule"] == label for r in run[kind])]
+                row: dict[str, object] = {"network": network, "kind": kind, "rule": label, "seeds": len(having)}
+                commits = [str(run["commit"]) for run in having]
+                if kind == "gradual":
+                    commits = [str(run.get("commit of gradual rows", run["commit"])) for run in having]
+                row["commit"] = ", ".join(dict.fromkeys(commit[:7] for commit in commits))
+                row["dense"] = float(np.median([run["accuracy_dense"] for run in having]))
                 row["bytes dense"] = own[0][kind][0]["bytes_dense"]
                 for share in SHARES:
                     found = [r for run in own for r in run[kind] if r["rule"] == label and r["share"] == share]
@@ -282,8 +309,10 @@ def draw(folder: Path) -> None:
     plt = optional_import("matplotlib.pyplot", "the picture")
     runs = json.loads((folder / f"{NAME}.json").read_text())["numbers"]["runs"]
     first = {run["network"]: run for run in reversed(list(runs.values()))}
-    every = ((run, rule) for run in reversed(list(first.values())) for rule in PICTURED)
-    lines = [(run, rule) for run, rule in every if f"{rule}, {SHARES[0]:.0%}" in run["inpca"]]
+    lines = []
+    for run in (first[network] for network in SETTINGS if network in first):
+        there = [rule for rule in ONE_SHOT if f"{rule}, {SHARES[0]:.0%}" in run["inpca"]]  # of what was pictured then
+        lines += [(run, rule) for rule in there]
     figure, axes = plt.subplots(len(lines), 3, figsize=(10, 3.1 * len(lines)), squeeze=False)
     for (run, rule), panels in zip(lines, axes, strict=True):
         accuracies = {r["share"]: r["accuracy"] for r in run["one_shot"] if r["rule"] == rule}

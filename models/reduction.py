@@ -45,7 +45,7 @@ def reduce_model(
     test_targets: Tensor | None = None,
     basis: BasisName = "kronecker",
     importance: ImportanceName = "loss",
-    compensate: int = 0,
+    compensate: int | None = None,
     **options: Any,
 ) -> ReducedModel:
     """A trained network in its ``num_directions`` most important directions, in one shot.
@@ -64,8 +64,9 @@ def reduce_model(
         test_targets: labels beside it.
         basis: see :mod:`torchgeom_optim.models.reduction_basis`.
         importance: "loss", lam c^2 / 2; "eigenvalue", lam; "magnitude", c^2.
-        compensate: least-squares steps in which the kept coefficients make up for what was dropped, without labels and
-            without training; 2 are a common start. See :mod:`torchgeom_optim.models.reduction_compensation`.
+        compensate: least-squares steps, at most, in which the kept coefficients make up for what was dropped, without
+            labels and without training. By default 3 with ``importance="loss"`` in a complete basis, and 0 with the
+            rules of others, which stay what they are. See :mod:`torchgeom_optim.models.reduction_compensation`.
         **options: as for :func:`decompose`.
 
     Returns:

@@ -78,7 +78,7 @@ class Decomposition:
         data: Any = None,
         targets: Tensor | None = None,
         *,
-        compensate: int = 0,
+        compensate: int | None = None,
         measure: bool = True,
         **jacobian_options: Any,
     ) -> ReducedModel:
@@ -88,8 +88,10 @@ class Decomposition:
             num_directions: k, or a share of P in (0, 1].
             data: what the report compares predictions on; by default the samples of the calibration.
             targets: labels beside it.
-            compensate: Gauss-Newton steps in which the kept coefficients make up for the others, on the samples of the
-                calibration: see :func:`~torchgeom_optim.models.reduction_compensation.compensate`.
+            compensate: Gauss-Newton steps, at most, in which the kept coefficients make up for the others, on the
+                samples of the calibration: see :func:`~torchgeom_optim.models.reduction_compensation.compensate`. By
+                default 3 where a complete basis is ranked by "loss"; 0 with the rules of others, and with the basis
+                "exact", where the reduction is a projection.
             measure: whether to take a report at all.
             **jacobian_options: ``batch_size`` and ``memory_limit``, for ``compensate``.
 
@@ -102,9 +104,10 @@ class Decomposition:
         k = number_of(num_directions, self.directions, self.samples.size)
         positions = self.ranked[:k].sort().values
         reduced = ReducedModel(self.model, self.directions, positions, self.coordinates[positions], self.center)
-        if compensate:
+        rounds = self._rounds(compensate)
+        if rounds and k < self.directions.num_weights:  # with all there is nothing to make up for
             compensated(
-                reduced, self.model, self.samples, rounds=compensate,
+                reduced, self.model, self.samples, rounds=rounds,
                 metric=self.metric, select=self.select, class_dim=self.class_dim, **jacobian_options,
             )  # fmt: skip
         return self.measured(reduced, data, targets) if measure else reduced
@@ -126,7 +129,12 @@ class Decomposition:
         return reduced
 
     def curve(
-        self, numbers: Iterable[int | float], data: Any = None, targets: Tensor | None = None
+        self,
+        numbers: Iterable[int | float],
+        data: Any = None,
+        targets: Tensor | None = None,
+        *,
+        compensate: int | None = None,
     ) -> list[CurvePoint]:
         """What several k are worth, from this one decomposition.
 
@@ -134,6 +142,7 @@ class Decomposition:
             numbers: of directions, or shares of P.
             data: as for :meth:`reduced`.
             targets: labels beside it.
+            compensate: as for :meth:`reduced`; 0 is quicker.
 
         Returns:
             One point for each.
@@ -143,10 +152,17 @@ class Decomposition:
         points = []
         for number in numbers:
             k = number_of(number, self.directions, self.samples.size)
-            points.append(self._point(self.reduced(k, measure=False), samples, before))
+            points.append(self._point(self.reduced(k, measure=False, compensate=compensate), samples, before))
         return points
 
-    def smallest(self, wanted_accuracy: float, data: Any = None, targets: Tensor | None = None) -> int:
+    def smallest(
+        self,
+        wanted_accuracy: float,
+        data: Any = None,
+        targets: Tensor | None = None,
+        *,
+        compensate: int | None = None,
+    ) -> int:
         """The smallest k that keeps a wanted accuracy, by bisection: with k - 1 directions it was lower.
 
         Accuracy is not exactly monotone in k: a smaller k may keep it too.
@@ -155,6 +171,7 @@ class Decomposition:
             wanted_accuracy: share of the labels, in [0, 1].
             data: with labels; by default the samples of the calibration.
             targets: labels beside it.
+            compensate: as for :meth:`reduced`; 0 is quicker.
 
         Returns:
             k.
@@ -169,7 +186,8 @@ class Decomposition:
             raise ValueError("no labels: an accuracy needs them. Give targets=..., or mini-batches (inputs, labels).")
 
         def reached(k: int) -> float:
-            outputs = outputs_of(self.reduced(k, measure=False), samples, self.select)
+            reduced = self.reduced(k, measure=False, compensate=compensate)
+            outputs = outputs_of(reduced, samples, self.select)
             return accuracy(outputs, samples.targets, self.class_dim)
 
         low, high = 0, self.directions.num_directions
@@ -182,6 +200,13 @@ class Decomposition:
             middle = (low + high) // 2
             low, high = (low, middle) if reached(middle) >= wanted_accuracy else (middle, high)
         return high
+
+    def _rounds(self, compensate: int | None) -> int:
+        if compensate is None:
+            return 3 if self.importance == "loss" and self.directions.kind != "exact" else 0
+        if not compensate >= 0:
+            raise ValueError(f"compensate={compensate}: must be at least 0, or None for the default.")
+        return compensate
 
     def _point(self, reduced: ReducedModel, samples: MiniBatch, before: Tensor) -> CurvePoint:
         after = outputs_of(reduced, samples, self.select)

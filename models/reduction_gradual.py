@@ -3,8 +3,10 @@ r"""Gradual reduction without labels: directions are dropped a few at a time whi
     k_t = k (P / k)^((1 - t/T)^2),   t = 0 ... T
 
 Every few steps the importances are taken anew and the k_t largest are kept; in between the kept c are trained on the
-mean of KL(p_dense || p) over unlabelled inputs. T is by default 60 % of the training: what is dropped last costs most,
-and the k that stay need time to learn it. With ``basis="pixels"`` it is ordinary gradual pruning with distillation.
+mean of KL(p_dense || p) over unlabelled inputs. On the way lam is estimated from one row of random signs per sample
+(:func:`~torchgeom_optim.models.reduction_metric.probed_jacobian`), for time is better spent on training than on all C
+rows. T is by default 60 % of the training: what is dropped last costs most, and the k that stay need time to learn it.
+With ``basis="pixels"`` it is ordinary gradual pruning with distillation.
 """
 
 from __future__ import annotations
@@ -13,22 +15,22 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from torchgeom_optim.geometry.jacobian import Jacobian
 from torchgeom_optim.geometry.mini_batches import MiniBatch, map_tensors, tensors_of
 from torchgeom_optim.models.reduced_model import ReducedModel
 from torchgeom_optim.models.reduction import decompose
 from torchgeom_optim.models.reduction_decomposition import Decomposition, importances, number_of
-from torchgeom_optim.models.reduction_metric import divergence, head_of
+from torchgeom_optim.models.reduction_metric import divergence, head_of, probed_jacobian
 from torchgeom_optim.models.reduction_report import take_samples
 
 __all__ = ["distil", "kept_at", "reduce_gradually"]
 
 _OF_THE_JACOBIAN = ("parameters", "batch_size", "memory_limit")
+_REMEMBERED_BYTES = 2**28
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
@@ -84,12 +86,12 @@ def reduce_gradually(
         optimizer: makes an optimizer of parameters; Adam by default.
         every: steps after which directions are dropped.
         settle: share of the training, at its end, in which no more are dropped, in [0, 1).
-        importance_samples: drawn each time for lam.
+        importance_samples: drawn each time for the estimate of lam.
         seconds: stop after so much time instead of ``steps``; the schedule goes by the share of time.
         clock: what tells it; ``time.process_time`` leaves out what other programs take.
         test_data: for the report.
         test_targets: labels beside it.
-        generator: of the mini-batches; by default one seeded with 0.
+        generator: of the mini-batches and of the signs, on the CPU; by default one seeded with 0.
         **options: as for :func:`~torchgeom_optim.models.reduction.decompose`: metric, basis, importance, center, ...
 
     Returns:
@@ -110,15 +112,14 @@ def reduce_gradually(
     start = clock()
     decomposition = decompose(model, data, **options)
     k = number_of(num_directions, decomposition.directions, decomposition.samples.size)
-    reduced = decomposition.reduced(decomposition.directions.num_directions, measure=False)
+    reduced = decomposition.reduced(decomposition.directions.num_directions, measure=False, compensate=0)
     training = _Distillation(
         model, reduced, decomposition.metric, decomposition.select, decomposition.class_dim, optimizer or _adam(lr)
     )
-    ranking = _Ranking(decomposition, reduced, {k: v for k, v in options.items() if k in _OF_THE_JACOBIAN})
-    batches = _mini_batches(
-        data, batch_size, reduced.coefficients.device, generator or torch.Generator().manual_seed(0)
-    )
-    recent: list[MiniBatch] = []
+    generator = generator or torch.Generator().manual_seed(0)
+    ranking = _Ranking(decomposition, reduced, generator, {k: v for k, v in options.items() if k in _OF_THE_JACOBIAN})
+    batches = _mini_batches(data, batch_size, reduced.coefficients.device, generator)
+    recent: list[_Batch] = []
     step, done = 0, 0.0
     while done < 1.0:
         if step % every == 0:
@@ -127,7 +128,7 @@ def reduce_gradually(
                 training.keep(ranking.most_important(fewer, recent))
             recent = []
         batch = next(batches)
-        if sum(b.size for b in recent) < importance_samples:
+        if sum(b.samples.size for b in recent) < importance_samples:
             recent.append(batch)
         training.step(batch, min(1.0, 2 * (1.0 - done)))
         step += 1
@@ -184,6 +185,14 @@ def distil(
     return reduced
 
 
+class _Batch(NamedTuple):
+    """Inputs, and where they are among the samples that come again; None of a loader's."""
+
+    samples: MiniBatch
+    rows: Tensor | None = None
+    num_samples: int = 0
+
+
 class _Distillation:
     """Trains the coefficients on the divergence from a frozen copy of the teacher."""
 
@@ -197,7 +206,7 @@ class _Distillation:
         optimizer: OptimizerFactory,
     ) -> None:
         head_of(metric)  # refuses an unknown one
-        self._teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
+        self._teacher = _Teacher(teacher, select or _same)
         self._reduced = reduced
         self._modes = [(module, module.training) for module in reduced.modules()]
         reduced.eval()
@@ -205,13 +214,12 @@ class _Distillation:
         self._optimizer = optimizer([reduced.coefficients])
         self._rates = [group["lr"] for group in self._optimizer.param_groups]
 
-    def step(self, batch: MiniBatch, factor: float) -> None:
+    def step(self, batch: _Batch, factor: float) -> None:
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
-        with torch.no_grad():
-            wanted = self._select(batch.call(self._teacher))
+        wanted = self._teacher.outputs(batch)
         with torch.enable_grad():
-            loss = divergence(wanted, self._select(batch.call(self._reduced)), self._metric, self._class_dim)
+            loss = divergence(wanted, self._select(batch.samples.call(self._reduced)), self._metric, self._class_dim)
             (gradient,) = torch.autograd.grad(loss, [self._reduced.coefficients])
         self._reduced.coefficients.grad = gradient
         self._optimizer.step()
@@ -234,14 +242,54 @@ class _Distillation:
             raise ValueError("training has left finite numbers: the loss must fall. Take a smaller lr.")
 
 
+class _Teacher:
+    """The dense network's outputs; of samples that come again they are remembered, where there is room for all."""
+
+    def __init__(self, model: nn.Module, select: Callable[[Any], Tensor]) -> None:
+        self._model = copy.deepcopy(model).eval().requires_grad_(False)
+        self._select = select
+        self._remembered: Tensor | None = None  # [N, ...]
+        self._known = torch.empty(0, dtype=torch.bool)  # [N], which of them
+
+    @torch.no_grad()
+    def outputs(self, batch: _Batch) -> Tensor:
+        if batch.rows is None:
+            return self._select(batch.samples.call(self._model))
+        if self._remembered is None:
+            found = self._select(batch.samples.call(self._model))
+            if found[0].numel() * found.element_size() * batch.num_samples > _REMEMBERED_BYTES:
+                return found
+            self._remembered = found.new_empty(batch.num_samples, *found.shape[1:])
+            self._known = torch.zeros(batch.num_samples, dtype=torch.bool)
+            self._remember(batch.rows, found)
+            return found
+        new = ~self._known[batch.rows]
+        if bool(new.any()):
+            part = MiniBatch(_rows(batch.samples.inputs, new.nonzero()[:, 0]), None, int(new.sum()))
+            self._remember(batch.rows[new], self._select(part.call(self._model)))
+        return self._remembered[batch.rows.to(self._remembered.device)]
+
+    def _remember(self, rows: Tensor, outputs: Tensor) -> None:
+        assert self._remembered is not None
+        self._remembered[rows.to(outputs.device)] = outputs
+        self._known[rows] = True
+
+
 class _Ranking:
     """Takes the importances of a reduced network's directions anew, at its present weights."""
 
-    def __init__(self, decomposition: Decomposition, reduced: ReducedModel, options: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        decomposition: Decomposition,
+        reduced: ReducedModel,
+        generator: torch.Generator,
+        options: Mapping[str, Any],
+    ) -> None:
         self._decomposition, self._reduced, self._options = decomposition, reduced, options
+        self._generator = generator
         self._plain = reduced.merge().eval()
 
-    def most_important(self, num: int, batches: list[MiniBatch]) -> Tensor:
+    def most_important(self, num: int, batches: list[_Batch]) -> Tensor:
         """Positions among the coefficients, ascending."""
         reduced, decomposition = self._reduced, self._decomposition
         diagonal = torch.zeros_like(reduced.coefficients, dtype=torch.float64)
@@ -250,8 +298,8 @@ class _Ranking:
             with torch.no_grad():
                 for name, value in reduced.weights().items():
                     own[name].copy_(value)
-            jacobian = Jacobian(
-                self._plain, _joined(batches), of=head_of(decomposition.metric), select=decomposition.select,
+            jacobian = probed_jacobian(
+                self._plain, _joined(batches), decomposition.metric, self._generator, select=decomposition.select,
                 class_dim=decomposition.class_dim, **self._options
             )  # fmt: skip
             diagonal = reduced.directions.diagonal(jacobian)[reduced.positions]
@@ -259,7 +307,7 @@ class _Ranking:
         return ranking.topk(num).indices.sort().values
 
 
-def _mini_batches(data: Any, batch_size: int, device: torch.device, generator: torch.Generator) -> Iterator[MiniBatch]:
+def _mini_batches(data: Any, batch_size: int, device: torch.device, generator: torch.Generator) -> Iterator[_Batch]:
     """Mini-batches without end: each sample once before any comes again, or the loader's own, again and again."""
     if isinstance(data, (Tensor, tuple, Mapping)):
         whole = take_samples(data, None, None, None)
@@ -267,13 +315,13 @@ def _mini_batches(data: Any, batch_size: int, device: torch.device, generator: t
             order = torch.randperm(whole.size, generator=generator)
             for start in range(0, max(1, whole.size - batch_size + 1), batch_size):
                 part = order[start : start + batch_size]
-                yield _on(device, _rows(whole.inputs, part), len(part))
+                yield _Batch(_on(device, _rows(whole.inputs, part), len(part)), part, whole.size)
     while True:
         empty = True
         for item in data:
             one = take_samples([item], None, None, None)
             empty = False
-            yield _on(device, one.inputs, one.size)
+            yield _Batch(_on(device, one.inputs, one.size))
         if empty:
             raise ValueError(
                 "the data ran dry: they must give mini-batches each time they are gone through. Give a list of "
@@ -289,9 +337,10 @@ def _on(device: torch.device, inputs: Any, size: int) -> MiniBatch:
     return MiniBatch(map_tensors(lambda x: x.to(device), inputs), None, size)
 
 
-def _joined(batches: list[MiniBatch]) -> Any:
-    columns = iter([torch.cat(same) for same in zip(*(tensors_of(b.inputs) for b in batches), strict=True)])
-    return map_tensors(lambda _: next(columns), batches[0].inputs)
+def _joined(batches: list[_Batch]) -> MiniBatch:
+    columns = iter([torch.cat(same) for same in zip(*(tensors_of(b.samples.inputs) for b in batches), strict=True)])
+    inputs = map_tensors(lambda _: next(columns), batches[0].samples.inputs)
+    return MiniBatch(inputs, None, sum(b.samples.size for b in batches))
 
 
 def _adam(lr: float) -> OptimizerFactory:

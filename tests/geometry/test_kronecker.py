@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from tests.oracles import jacobian as oracle
 from tests.oracles import tolerance
 from tests.zoo import ZOO, Case
+from torchgeom_optim.geometry import factors as factors_module
+from torchgeom_optim.geometry import kronecker
 from torchgeom_optim.geometry.jacobian import Jacobian
 from torchgeom_optim.geometry.kronecker import (
     KroneckerBasis,
@@ -125,6 +128,36 @@ def test_sides_that_are_too_large_keep_their_coordinates() -> None:
     assert basis.right is None
     [lam] = diagonal_in(J, [basis])
     torch.testing.assert_close(lam.sum() * 5, J.gram().trace(), **CLOSE)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("side", [4, 12])  # few positions and many: inputs are turned first, or gradients afterwards
+@pytest.mark.parametrize("workspace", [1, 2**27])  # in pieces, and whole
+def test_the_order_of_the_products_changes_nothing(
+    groups: int, side: int, workspace: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(factors_module, "WORKSPACE_BYTES", workspace)
+    turned: list[bool] = []
+    squared_rows = kronecker._squared_rows
+    monkeypatch.setattr(
+        kronecker, "_squared_rows", lambda *parts: turned.append(len(parts) == 4) or squared_rows(*parts)
+    )
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3, groups=groups), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)
+    ).double()
+    x = torch.randn(5, 2, side, side).double()
+    J = Jacobian(model, x, of="sqrt_probabilities")
+    basis = kronecker_factors(J)[0].eigenbasis()
+    assert basis.left is not None
+    assert basis.right is not None
+    _, rows = dense_rows(model, x)
+    for right in (basis.right, basis.right[:, :, 1:]):
+        some = replace(basis, right=right)
+        turned.clear()
+        [lam] = diagonal_in(J, [some])
+        assert set(turned) == {side == 12}
+        C = torch.stack([some.coordinates({name: r[k] for name, r in rows.items()}) for k in range(25)])
+        torch.testing.assert_close(lam, C.square().sum(0) / 5, **CLOSE)
 
 
 def test_some_columns_of_a_basis() -> None:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from tests.oracles import tolerance
 from torchgeom_optim.geometry.mini_batches import MiniBatch
-from torchgeom_optim.models import distil, reduce_gradually, reduce_model
-from torchgeom_optim.models.reduction_gradual import _Distillation, kept_at
+from torchgeom_optim.models import distil, reduce_gradually, reduce_model, reduction_gradual
+from torchgeom_optim.models.reduction_gradual import _Batch, _Distillation, kept_at
 
 
 def network() -> nn.Sequential:
@@ -89,14 +89,14 @@ def test_the_same_generator_gives_the_same_network_and_a_loader_will_do() -> Non
 
 def test_distillation_follows_the_teacher_and_any_optimizer_trains_the_coefficients() -> None:
     model, x = network(), inputs()
-    reduced = reduce_model(model, x, 0.3)
+    reduced = reduce_model(model, x, 0.3, compensate=0)
     start = divergence(model, reduced, x)
     positions = reduced.positions.clone()
     assert distil(reduced, model, x, steps=60, batch_size=50, lr=1e-2) is reduced
     assert divergence(model, reduced, x) < 0.5 * start
     assert torch.equal(reduced.positions, positions)
     assert reduced.report is None
-    by_hand = reduce_model(model, x, 0.3)
+    by_hand = reduce_model(model, x, 0.3, compensate=0)
     optimizer = torch.optim.SGD(by_hand.parameters(), lr=0.1, momentum=0.9)
     with torch.no_grad():
         wanted = model(x).softmax(-1)
@@ -105,6 +105,35 @@ def test_distillation_follows_the_teacher_and_any_optimizer_trains_the_coefficie
         nn.functional.cross_entropy(by_hand(x), wanted).backward()
         optimizer.step()
     assert divergence(model, by_hand, x) < start
+
+
+@pytest.mark.parametrize("room", [2**28, 100])
+def test_the_teacher_sees_each_sample_of_a_whole_once_where_there_is_room(
+    room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reduction_gradual, "_REMEMBERED_BYTES", room)
+    seen: list[int] = []
+
+    class Noting(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if not torch.is_grad_enabled():
+                seen.extend((x[:, 0] * 1e6).round().long().tolist())
+            return x
+
+    model, x = network(), inputs(50)
+    reduced = reduce_model(model, x, 60)
+    teacher = nn.Sequential(Noting(), model)
+    distil(reduced, teacher, x, steps=40, batch_size=16)  # 16 into 50: every pass leaves out two others
+    whole = reduced.coefficients.detach().clone()
+    assert len(set(seen)) == 50
+    assert len(seen) == (50 if room > 100 else 640)
+    monkeypatch.undo()
+    again = reduce_model(model, x, 60)
+    distil(again, model, x, steps=40, batch_size=16)
+    torch.testing.assert_close(again.coefficients.detach(), whole, **tolerance(condition=1e4))
+    seen.clear()
+    distil(again, teacher, [x[:30], x[30:]], steps=4)  # a loader may give others each time
+    assert len(seen) == 100
 
 
 def test_by_seconds_and_by_outputs() -> None:
@@ -121,7 +150,7 @@ def test_what_the_optimizer_knows_of_kept_coefficients_is_kept() -> None:
     model, x = network(), inputs()
     reduced = reduce_model(model, x, 20)
     training = _Distillation(model, reduced, "fisher", None, -1, lambda p: torch.optim.Adam(p, lr=1e-2))
-    training.step(MiniBatch(x, None, len(x)), 1.0)
+    training.step(_Batch(MiniBatch(x, None, len(x))), 1.0)
     state = training._optimizer.state[reduced.coefficients]
     values, average = reduced.coefficients.detach().clone(), state["exp_avg"].clone()
     chosen = torch.tensor([1, 4, 7])
@@ -131,7 +160,7 @@ def test_what_the_optimizer_knows_of_kept_coefficients_is_kept() -> None:
     assert torch.equal(state["exp_avg"], average[chosen])
     assert len(training._optimizer.state) == 1
     before = reduced.coefficients.detach().clone()
-    training.step(MiniBatch(x, None, len(x)), 1.0)
+    training.step(_Batch(MiniBatch(x, None, len(x))), 1.0)
     assert not torch.equal(reduced.coefficients.detach(), before)
 
 

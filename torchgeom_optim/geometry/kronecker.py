@@ -354,11 +354,12 @@ def _squares(basis: KroneckerBasis, uses: list[Factor]) -> Tensor:
         rows = [_squared_rows(rotated, start, stop) for start, stop in _units(rotated)]
         return torch.cat(rows).view(1, s, r).transpose(1, 2)
     outer = [use.as_outer() if not isinstance(use, TokenFactor) else _one_hot(use) for use in uses]
-    turned = [
-        OuterFactor(_times(use.inputs, basis.right), _times(use.output_grads, basis.left))
-        for use in outer
-        if use is not None
-    ]
+    turned = [OuterFactor(use.inputs, _times(use.output_grads, basis.left)) for use in outer if use is not None]
+    T, C, n = sum(use.inputs.shape[2] for use in turned), turned[0].num_grads, layout.inputs
+    if basis.right is not None and C * r * n * (T + s) < T * s * (n + C * r):  # multiplications, V after and before
+        parts = [_squared_rows(turned, start, stop, basis.right) for start, stop in _units(turned)]
+        return torch.cat(parts, 0).view(groups, r, s)
+    turned = [replace(use, inputs=_times(use.inputs, basis.right)) for use in turned]
     if len(turned) == 1 and turned[0].inputs.shape[2] == 1:  # one position: the square of a product
         a, g = turned[0].inputs[:, :, 0].double(), turned[0].output_grads[:, :, :, 0].double()
         return torch.einsum("bgm,bgn->gmn", g.square().sum(1), a.square())
@@ -370,8 +371,13 @@ def _units(uses: Sequence[Factor]) -> Iterator[tuple[int, int]]:
     return pieces(first.num_units, first.num_samples * first.num_grads * first.unit_numel * 8, first.unit_step)
 
 
-def _squared_rows(uses: Sequence[Factor], start: int, stop: int) -> Tensor:
-    return sum_of_rows(uses, start, stop).double().square().sum((0, 1))
+def _squared_rows(uses: Sequence[Factor], start: int, stop: int, right: Tensor | None = None) -> Tensor:
+    rows = sum_of_rows(uses, start, stop)
+    if right is not None:  # [G, n, s]; units are rows of one group, or whole groups
+        num_groups = max(1, (stop - start) * len(right) // uses[0].num_units)
+        first = start * len(right) // uses[0].num_units
+        rows = rows.view(*rows.shape[:2], num_groups, -1, right.shape[1]) @ right[first : first + num_groups].to(rows)
+    return rows.double().square().sum((0, 1)).flatten()
 
 
 def _one_hot(use: TokenFactor) -> OuterFactor:
