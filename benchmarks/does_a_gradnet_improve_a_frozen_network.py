@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
                     if (data, seed) not in benches:
                         benches[data, seed] = _Bench(_data(data, options), data, seed, options.smoke)
                     result.add({"case": name, "seed": seed, "method": method, **benches[data, seed].run(name, method)})
-    result.write()
+    result.write(unfinished=not (options.smoke or result.is_whole()))
 
 
 class _Result:
@@ -135,6 +135,10 @@ class _Result:
         of_case = [run for run in self.runs if (run["case"], run["seed"]) == (case, seed)]
         in_vain = any(run["method"] == NOT_REACHED and run["epochs"] >= _late_epochs(case) for run in of_case)
         return in_vain or any(run["method"] == method for run in of_case)
+
+    def is_whole(self) -> bool:
+        """Whether nothing of PLAN is missing, whatever cases and methods were asked for now."""
+        return all(self.has(c, s, m) for seeds, cases, methods in PLAN for s in seeds for c in cases for m in methods)
 
     def add(self, run: dict[str, Any]) -> None:
         case = run["case"], run["seed"]  # a base that was given up sooner is what this one replaces

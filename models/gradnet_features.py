@@ -209,9 +209,9 @@ def normalize(
         standard       (g - mean_j) / std_j                  over a calibration set; a zero deviation counts as 1
         standard_unit  the same, then divided by the length of the vector, if that is not 0
 
-    Where statistics come in, g counts as the nearer end of [min_j, max_j] if it lies outside. The paper's calibration
-    set is all of the data, where nothing does. After a few hundred samples some coordinates have hardly moved: what
-    comes later is then thousands of their ranges away, and one such entry makes training diverge.
+    Where statistics come in, g counts as the nearer end of [min_j, max_j] if it lies outside, which the paper does not
+    say. Among a few hundred samples some coordinates hardly move: what comes later can be millions of their ranges
+    away, and one such entry makes training diverge.
 
     Args:
         gradients: g, [..., P].

@@ -61,3 +61,17 @@ def test_a_base_that_was_given_up_is_tried_with_more_epochs(tmp_path):
     assert not found.has(case, 1, "gated")
     found.add({**old, "method": "gated", "epochs": 6})
     assert [run["method"] for run in found.runs] == ["gated"]
+
+
+def test_a_choice_of_methods_makes_no_whole_result(tmp_path):
+    every = [(c, s, m) for seeds, cases, methods in question.PLAN for s in seeds for c in cases for m in methods]
+    runs = [
+        {"case": c, "seed": s, "method": m, "accuracy": 0.5, "base": 0.4, "epochs": 1, "seconds": 1}
+        for c, s, m in every
+    ]
+    assert result(tmp_path, runs).is_whole()
+    threads = torch.get_num_threads()
+    result(tmp_path, [run for run in runs if run["method"] != "paper"])
+    question.main(["--output", str(tmp_path), "--methods", "gated"])
+    torch.set_num_threads(threads)
+    assert json.loads((tmp_path / f"{question.NAME}.json").read_text())["unfinished"] is True
