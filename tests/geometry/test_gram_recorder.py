@@ -177,13 +177,20 @@ def test_layers_carry_hooks_only_for_passes_that_are_recorded():
                 torch.testing.assert_close(recorder.result().weights, expected.weights)
 
 
-def test_hooks_stay_where_a_part_of_the_model_is_compiled():
-    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-    model[1].compile(backend="eager")  # code that is compiled does not notice hooks that are set later
+@pytest.mark.parametrize("is_first", [True, False])
+def test_hooks_stay_where_a_part_of_the_model_is_compiled(is_first: bool):
+    """Code that is compiled does not notice hooks that are set later."""
+    model, x, y = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), torch.randn(5, 3), torch.arange(5) % 2
+    expected = per_sample_gram(model, F.cross_entropy, x, y, reduction="mean").weights
+    if is_first:
+        model[1].compile(backend="eager")
     with GramRecorder(model) as recorder:
-        recorder.enabled = False
-        model(torch.randn(5, 3)).sum().backward()
-        assert all(layer._forward_hooks for layer in model)
+        if not is_first:
+            model[1].compile(backend="eager")
+        for recorder.enabled in (False, True):
+            F.cross_entropy(model(x), y).backward()
+            assert all(layer._forward_hooks for layer in model)
+        torch.testing.assert_close(recorder.result().weights, expected)
     assert not any(layer._forward_hooks for layer in model)
 
 

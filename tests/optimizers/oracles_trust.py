@@ -39,6 +39,7 @@ class TrustedReference:
             - "no_chain": the radius is not shared
             - "no_turn", "whole_turn": none, or all, of the spread that a step adds is taken back
             - "turned_embeddings": of embeddings too
+            - "turned_mean": outputs are turned about 0, not about their mean
     """
 
     def __init__(self, model: nn.Module, lr: float | None, rho: float, length: int, fault: str = "", **hyper) -> None:
@@ -82,7 +83,7 @@ class TrustedReference:
             is_embedding = isinstance(own[0][0], nn.Embedding)
             self._scale(weight, change, spread, [weight, *biases], directions, by_column=is_embedding)
             if not is_embedding or self.fault == "turned_embeddings":
-                self._turn(rows.var(0, unbiased=False), spread, [weight, *biases], directions, by_column=is_embedding)
+                self._turn(rows, outputs.mean(0), spread, [weight, *biases], directions, by_column=is_embedding)
             covered |= {weight, *biases}
         for module in self.model.modules():
             if isinstance(module, NORMS):
@@ -164,20 +165,26 @@ class TrustedReference:
 
     def _turn(
         self,
-        variance: Tensor,
+        changes: Tensor,
+        mean: Tensor,
         spread: Tensor,
         parameters: list[Tensor],
         directions: dict[Tensor, Tensor],
         *,
         by_column: bool,
     ) -> None:
-        """The step p - lr d, made p / sqrt(1 + theta^2 / 2) - lr d with theta^2 the variance that lr d adds."""
+        """y - lr d.x, made m + (y - m) / sqrt(1 + theta^2 / 2) - lr d.x, where theta^2 is the variance that d adds."""
         share = {"no_turn": 0.0, "whole_turn": 1.0}.get(self.fault, 0.5)
-        for j, added in enumerate((self.lr * self.last_factors).square() * variance / spread):
-            left = 1 / math.sqrt(1 + share * float(added))
+        has_own_bias = len(parameters) == 2
+        for j, added in enumerate((self.lr * self.last_factors).square() * changes.var(0, unbiased=False) / spread):
+            decay = (1 - 1 / math.sqrt(1 + share * float(added))) / self.lr
+            if not has_own_bias and self.fault != "turned_mean":
+                decay *= float(spread[j] / (spread[j] + mean[j] ** 2))
             for p in parameters:
                 own = p[:, j] if by_column else p[j]
-                (directions[p][:, j] if by_column else directions[p][j]).add_(own, alpha=(1 - left) / self.lr)
+                if has_own_bias and p.dim() == 1 and self.fault != "turned_mean":
+                    own = own - mean[j]
+                (directions[p][:, j] if by_column else directions[p][j]).add_(own, alpha=decay)
 
     def _scale(
         self,

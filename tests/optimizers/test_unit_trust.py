@@ -147,6 +147,7 @@ FAULTS = {
     "no_turn": (Plain, {}),
     "whole_turn": (Grouped, {"lr": 3.0}),
     "turned_embeddings": (Repeated, {}),
+    "turned_mean": (Plain, {}),
 }
 
 
@@ -230,7 +231,7 @@ def test_no_unit_moves_further_than_its_share(seed, rho, lr):
             floored = sigma_sq + 1e-3 * sigma_sq.mean() + 1e-5 * inputs.square().mean()
             moved = (new(inputs) - y).square().mean(0).sqrt()
             turn = rho / 6  # what is taken back comes to the move
-            most = turn * floored.sqrt() + turn**2 / 4 * y.square().mean(0).sqrt()
+            most = turn * floored.sqrt() + turn**2 / 4 * sigma_sq.sqrt()
             assert bool((moved <= most * (1 + 1e-9)).all())
         inputs = old(inputs)
 

@@ -72,11 +72,7 @@ class GramRecorder:
         self._count = 0
         self._overlapping: set[int] = set()
         self._layers = watched_layers(model.modules())
-        self._capture = Capture((), self._on_call)
-        # Compiled code does not notice hooks that are set later.
-        self._is_compiled = any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules())
-        if self._is_compiled:
-            self._capture.add(self._layers)
+        self._capture = Capture(self._layers, self._on_call)
         hook = _ModelHook(weakref.ref(self))
         self._handles: list[RemovableHandle] = [
             model.register_forward_pre_hook(hook.before, prepend=True, with_kwargs=True),
@@ -177,10 +173,10 @@ class GramRecorder:
         self._pass.accumulator.per_layer = self._per_layer
 
     def _watch_layers(self) -> None:
-        """Passes that go by need no hooks on the layers, which cost 5 µs each."""
+        """Passes that go by need no hooks on the layers, which cost 5 µs each; compiled code sees none that is set later."""
         if self.enabled and not self._capture.is_watching:
             self._capture.add(self._layers)
-        elif not self.enabled and not self._is_compiled:
+        elif not self.enabled and self._capture.is_watching and not any(map(_is_compiled, self._model.modules())):
             self._capture.close()
 
     def _after_forward(self, output: Any) -> None:
@@ -326,6 +322,11 @@ class _ArrivalHook:
     def __call__(self, grad: Tensor) -> None:
         if (recorder := self._recorder()) is not None:
             recorder._gradient_arrives(self._number)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    own = vars(module)
+    return module._compiled_call_impl is not None or "_orig_mod" in own or "forward" in own
 
 
 def _note(names: set[str], name: str, grad: Tensor) -> None:

@@ -60,6 +60,8 @@ class TrustedBlock:
         is_remembered: whether there are slopes in ``change_sq``.
         factors: how many factors there are where outputs of the layer are multiplied, which share the radius.
         change_mean: E[d_j . x] where units are turned; None where they are not.
+        output_mean: E[y_j], about which they are.
+        bias: the parameter that keeps it, if one does.
     """
 
     owner: Tensor
@@ -71,6 +73,8 @@ class TrustedBlock:
     is_remembered: bool = False
     factors: int = 1
     change_mean: Tensor | None = None
+    output_mean: Tensor | None = None
+    bias: Tensor | None = None
 
 
 def layer_block(
@@ -96,7 +100,7 @@ def layer_block(
     complete = {id(p): whole(directions[id(p)]) for p, _ in parts}
     if (spread := layer.output_spread_sq()) is not None:
         state["spread_sq"] = spread
-    change = layer.measured_change(complete)
+    change, outputs = layer.measured_change(complete), layer.output_moments()
     if change is None and layer.is_called_elsewhere:  # what this process has counts for nothing
         change = Moments(0, *(torch.zeros_like(state["spread_sq"]) for _ in range(2)))
     change_sq: Tensor | None
@@ -119,7 +123,9 @@ def layer_block(
         is_remembered=is_remembered,
         factors=state.get("factors", 1),
         # Rows of an embedding stay as they are while their token is not seen.
-        change_mean=None if change is None or layer.is_embedding else change.mean,
+        change_mean=None if change is None or outputs is None or layer.is_embedding else change.mean,
+        output_mean=None if outputs is None else outputs.mean,
+        bias=layer.bias if layer.bias is not None and id(layer.bias) in directions else None,
     )
 
 
@@ -225,11 +231,16 @@ def scale_blocks(
         found = (layers.split(numbers) for numbers in (expected, spread_sq, scale, back))
         for row, own, spread, factor, turn in zip(rows, *found, strict=True):
             state_of(row.owner).update(slope_sq=own, trusted_sq=spread)
+            if row.output_mean is not None and row.bias is None:  # then the mean turns, too, and counts as spread
+                turn = turn * spread / (spread + row.output_mean.square()).clamp_(min=torch.finfo(spread.dtype).tiny)
             for parameter, axis in row.parts:
                 direction = directions[id(parameter)]
                 scaled = local_part(direction).mul_(_along(factor, direction, axis))
-                if row.change_mean is not None:
-                    scaled.addcmul_(local_part(parameter), _along(turn, direction, axis), value=-1 if maximize else 1)
+                if row.change_mean is not None and row.output_mean is not None:
+                    weights = local_part(parameter)
+                    if parameter is row.bias:
+                        weights = weights - _along(row.output_mean, direction, axis)
+                    scaled.addcmul_(weights, _along(turn, direction, axis), value=-1 if maximize else 1)
                 directions[id(parameter)] = with_local(scaled, direction)
 
 
