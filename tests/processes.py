@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -26,8 +27,9 @@ def results_of(scenarios: Scenarios, folder: Path) -> list[dict[str, Any]]:
 
     One pair of processes goes through them all, since starting it takes the longest.
     """
-    # Forked processes have torch imported already, as those of a DataLoader; CUDA does not survive a fork.
-    how = "fork" if sys.platform == "linux" and not torch.cuda.is_available() else "spawn"
+    # Forks of a server that has imported torch and done nothing: what tests did before may not survive a fork.
+    how = "forkserver" if sys.platform == "linux" else "spawn"
+    multiprocessing.set_forkserver_preload(["torch.distributed", "torchgeom_optim"])
     torch.multiprocessing.start_processes(_run, (scenarios, str(folder)), nprocs=WORLD_SIZE, start_method=how)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD_SIZE)]
 

@@ -708,3 +708,28 @@ def test_a_layer_whose_first_inputs_were_zero_is_not_held_back_for_long():
     for batch in (torch.zeros(16, 4), *[x] * 10):
         plain_step(model, optimizer, batch)
     assert float((model.weight - before).detach().abs().max()) > 1e-2
+
+
+def test_targets_far_from_zero_are_reached_as_those_near_it():
+    """The bias keeps the mean of what is turned."""
+    x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    finals = []
+    for shift in (0.0, 1e4):
+        model = hidden_regression()
+        with torch.no_grad():
+            model[2].bias += shift
+        optimizer = WhiteningSGD(model)
+        for step in range(60):
+            for group in optimizer.param_groups:
+                group["lr"] = 1 - step / 60
+            optimizer.zero_grad()
+            loss = (model(x) - x.prod(1, keepdim=True) - shift).square().mean()
+            loss.backward()
+            optimizer.step()
+        finals.append(loss.item())
+    assert finals[1] == pytest.approx(finals[0], rel=0.05)
+
+
+def hidden_regression() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 1)).double()

@@ -124,7 +124,7 @@ def layer_block(
         factors=state.get("factors", 1),
         # Rows of an embedding stay as they are while their token is not seen.
         change_mean=None if change is None or outputs is None or layer.is_embedding else change.mean,
-        output_mean=None if outputs is None else outputs.mean,
+        output_mean=None if outputs is None else outputs.mean.nan_to_num(0.0, 0.0, 0.0),
         bias=layer.bias if layer.bias is not None and id(layer.bias) in directions else None,
     )
 

@@ -54,7 +54,7 @@ class WhiteningSGD(LayerwiseOptimizer):
     where outputs of layers are multiplied (3 for queries, keys and values), see
     :class:`~torchgeom_optim.optimizers.chain_length.ChainLength`. From one step to the next sigma_j is taken for 16
     times as large at most, lest a single sample set the step. Units turn more than they grow: half of the spread that
-    steps of noise add is taken back with the step, as a decay of the unit's weights by theta_j^2 / 4 for a move by
+    steps of noise add is taken back with the step, as a decay of the unit about its mean by theta_j^2 / 4 for a move by
     theta_j sigma_j (:func:`~torchgeom_optim.geometry.unit_trust.turned_back`; not of embeddings). Any scheduler of lr
     moves the bound with it, a warm-up too; let lr decay to 0 over the run. Momentum m and Nesterov's lie inside the
     bound and make it sqrt((1 - m) / (1 + m)) times as large, so that steps of noise lead as far as without; none is
