@@ -173,7 +173,7 @@ class GramRecorder:
         self._pass.accumulator.per_layer = self._per_layer
 
     def _watch_layers(self) -> None:
-        """Passes that go by need no hooks on the layers, which cost 5 µs each; compiled code sees none that is set later."""
+        """Passes that go by need no hooks on the layers, which cost 5 µs each; compiled code sees none set later."""
         if self.enabled and not self._capture.is_watching:
             self._capture.add(self._layers)
         elif not self.enabled and self._capture.is_watching and not any(map(_is_compiled, self._model.modules())):

@@ -109,8 +109,8 @@ def turned_back(spread_sq: Tensor, change_variance: Tensor, scale: Tensor, lr: f
 
         1 - lr b_j = 1 / sqrt(1 + theta_j^2 / 2),     theta_j^2 = lr^2 s_j^2 var[d_j . x] / sigma_j^2
 
-    and takes half of it back, about the mean of y_j: a bias joins its own direction with b_j (bias - E[y_j]). Where none
-    is stepped, E[y_j]^2 counts as spread, so that the mean hardly moves. (All of it is what a turn by the angle theta_j
+    and takes half of it back, about the mean of y_j: a bias joins its direction with b_j (bias - E[y_j]). Where none is
+    stepped, E[y_j]^2 counts as spread, so that the mean hardly moves. (All of it is what a turn by the angle theta_j
     would do. Kept growth is what the last drops of training loss come from, as it lets the outputs become large.) As
     theta_j it is unaffected by rescaling.
 
