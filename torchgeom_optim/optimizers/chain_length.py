@@ -50,7 +50,7 @@ class ChainLength:
         >>> y = a.sigmoid() * b
         >>> chain.see(last.weight, y, last(y))
         >>> chain.length, chain.factors[gate.weight], last.weight in chain.factors
-        (6, 2, False)
+        (4, 2, False)
     """
 
     def __init__(self) -> None:
