@@ -94,7 +94,7 @@ def compensate(
                 )
             if not _advance(reduced, step, function, wanted_of_others):
                 break
-    except Exception:
+    except BaseException:
         reduced.coefficients.copy_(before)
         raise
     reduced.report = None
