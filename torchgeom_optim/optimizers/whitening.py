@@ -41,8 +41,9 @@ class WhiteningSGD(LayerwiseOptimizer):
     so that momentum, dampening, Nesterov, weight decay and ``maximize`` do what they do in SGD on v (weight decay too:
     decaying v by a factor is decaying w by it). mu_i and 1/alpha_i^2 are running mean and variance of the inputs.
 
-    By default no unit may move further than a share rho of its own spread in one step, which no rescaling of units or
-    inputs affects (:mod:`torchgeom_optim.geometry.unit_trust`). Then no learning rate is needed:
+    By default no unit may move further than a share rho of its own spread in one step, growth that is taken back (see
+    below) apart; no rescaling of units or inputs affects that (:mod:`torchgeom_optim.geometry.unit_trust`). Then no
+    learning rate is needed:
 
         sigma_j^2 = var[y_j],   r_j^2 = E[(dW_j . x + db_j)^2] on a few samples,   t_j = sigma_j r_j
         step = lr c_j (dW_j, db_j),     c_j = sigma_j^2 / (L sqrt(max(t_j^2, E[t_j^2])))        lr is rho, 1 at first
